@@ -1,0 +1,30 @@
+"""Contrastive losses as pure functions of tensors, all of them thin calls of one primitive, `contrast`."""
+
+from clipkit.losses import similarity
+from clipkit.losses.in_batch import clip_loss, info_nce_loss, nt_xent_loss, siglip_loss, sup_con_loss
+from clipkit.losses.primitive import ContrastOutput, contrast
+from clipkit.losses.row_wise import (
+    alignment_loss,
+    logistic_loss,
+    mutual_information_bound,
+    nce_loss,
+    pair_loss,
+    triplet_loss,
+)
+
+__all__ = [
+    "ContrastOutput",
+    "alignment_loss",
+    "clip_loss",
+    "contrast",
+    "info_nce_loss",
+    "logistic_loss",
+    "mutual_information_bound",
+    "nce_loss",
+    "nt_xent_loss",
+    "pair_loss",
+    "siglip_loss",
+    "similarity",
+    "sup_con_loss",
+    "triplet_loss",
+]

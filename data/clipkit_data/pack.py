@@ -1,0 +1,137 @@
+"""A person's own pictures as shards: from a folder or a table, each picture checked before it is kept.
+
+The pictures' bytes are kept as they are when they are JPEG, PNG or WebP (others become PNG), so packing loses
+nothing. A row that cannot be used is left out, counted by reason, and listed in `faults.jsonl`.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from clipkit.errors import ConfigError, DataError, ImageError, InputError
+from clipkit.files import atomic_folder, atomic_write
+from clipkit.images import decode_image
+from clipkit_data.records import Record, RecordError, RecordSource, SampleFault, group_faults
+from clipkit_data.shards import picture_reason
+from clipkit_data.sources import is_shards, open_source
+from clipkit_data.writing import write_shards
+
+FAULTS = "faults.jsonl"
+_RESERVED = ("key", "status", "width", "height")  # written for each sample, as img2dataset does
+
+
+def pack(
+    source: str | Path,
+    out: str | Path,
+    *,
+    per_shard: int = 10_000,
+    progress: Callable[[int], Any] | None = None,
+) -> dict[str, Any]:
+    """Write shards from a folder of pictures or a table; the folder appears whole or not at all.
+
+    Args:
+        source: A folder (caption from the `.txt` beside a picture, else from its file name) or a CSV, TSV,
+            JSONL or Parquet file with columns `path, caption`; other columns go to the `.json`.
+        out: The folder to make; it must not hold anything yet.
+        per_shard: Most samples per shard.
+        progress: Called with 1 after each row.
+
+    Returns:
+        `{"samples", "shards", "faults": {reason: count}, "out"}`.
+
+    Raises:
+        NotFoundError, InputError: No such source, or no source.
+        ArtifactError: `out` holds something already.
+        DataError: Nothing could be packed; the message counts the reasons.
+    """
+    if per_shard < 1:
+        raise ConfigError(f"per_shard must be at least 1, got {per_shard}")
+    if is_shards(source):
+        raise InputError(f"{source} is shards already", hint="pack takes a folder of pictures or a table")
+    rows = open_source(source, captions=True)
+    faults: list[SampleFault] = list(getattr(rows, "faults", []))
+    packed = 0
+
+    def samples() -> Iterator[dict[str, Any]]:
+        nonlocal packed
+        for item in _ahead(rows):
+            if isinstance(item, SampleFault):
+                faults.append(item)
+            else:
+                packed += 1
+                yield item
+            if progress:
+                progress(1)
+
+    with atomic_folder(out) as folder:
+        write_shards(samples(), folder, per_shard=per_shard)
+        counts = group_faults([fault.reason for fault in faults])
+        if not packed:
+            words = ", ".join(f"{reason} ×{count}" for reason, count in counts.items()) or "no rows"
+            first = f"; the first: {faults[0].detail}" if faults else ""
+            raise DataError(f"nothing could be packed from {source}: {words}{first}")
+        write_faults(folder / FAULTS, faults)
+        shards = len(list(folder.glob("*.tar")))
+    return {"samples": packed, "shards": shards, "faults": counts, "out": str(out)}
+
+
+def write_faults(path: Path, faults: list[SampleFault]) -> None:
+    """One JSON object per fault, in the source's order; no file when there is none."""
+    if faults:
+        lines = [asdict(fault) for fault in sorted(faults, key=lambda fault: fault.position)]
+        atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _ahead(rows: RecordSource) -> Iterator[dict[str, Any] | SampleFault]:
+    """The rows as samples, in order, a few read ahead by threads (Pillow decodes outside the GIL)."""
+    threads = min(8, os.cpu_count() or 1)
+    waiting: deque[Future[dict[str, Any] | SampleFault]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for position in range(len(rows)):
+            waiting.append(pool.submit(_sample, rows, position))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _sample(rows: RecordSource, position: int) -> dict[str, Any] | SampleFault:
+    """One row as `write_shards` takes it, or why it is left out."""
+    key = rows.key(position)
+    try:
+        record = rows[position]
+        if not record.caption:
+            raise RecordError(f"{key}: the caption is empty", "empty caption")
+        return _checked(record)
+    except ImageError as error:
+        return SampleFault(position, key, picture_reason(error), error.message)
+    except RecordError as error:
+        return SampleFault(position, key, error.reason, error.message)
+
+
+def _checked(record: Record) -> dict[str, Any]:
+    """A record whose picture decodes, as a sample for a shard."""
+    image = decode_image(record.image, name=record.key)
+    data, extension = record.image, _kept_extension(record.image)
+    if extension is None:
+        buffer = BytesIO()
+        image.save(buffer, "PNG")
+        data, extension = buffer.getvalue(), "png"
+    meta = {f"source_{name}" if name in _RESERVED else name: value for name, value in record.meta.items()}
+    meta |= {"path": record.key, "caption": record.caption, "width": image.width, "height": image.height}
+    return {"image": data, "ext": extension, "caption": record.caption, "json": meta}
+
+
+def _kept_extension(data: bytes) -> str | None:
+    """The extension of a format that is kept as it is."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None

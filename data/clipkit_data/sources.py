@@ -1,0 +1,244 @@
+"""What a SOURCE is: shards, a folder of pictures, or a table of paths and captions.
+
+Commands take one word for all of them. `open_source` turns it into something with a length whose records can
+be read in any order, so that packing, embedding and training need not know where pictures come from.
+`sample:NAME` stands for shards that ship with clipkit; `{00000..00099}` and `*` stand for many shards.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from braceexpand import braceexpand
+
+from clipkit.errors import InputError, NotFoundError
+from clipkit_data.records import Record, RecordError, RecordSource, SampleFault, parse_caption, parse_meta
+from clipkit_data.tables import TABLE_SUFFIXES, read_table
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+# Pictures that clipkit does not decode: listed all the same, so that they are reported and not passed over.
+OTHER_PICTURES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2")
+WHAT = (
+    "a SOURCE is shards (a folder of .tar, one .tar, data/{00000..00009}.tar, sample:emoji/train), a folder "
+    f"of pictures, or a table ({', '.join(TABLE_SUFFIXES)}) with columns path and caption"
+)
+
+
+def _samples() -> Path:
+    return Path(str(files("clipkit_data"))) / "samples"
+
+
+def sample_names() -> list[str]:
+    """The shards that ship with clipkit, as `sample:` takes them."""
+    return sorted({tar.parent.relative_to(_samples()).as_posix() for tar in _samples().rglob("*.tar")})
+
+
+def _sample_shards(name: str) -> list[Path]:
+    """The shards of one sample, or of all samples whose names begin so."""
+    known = sample_names()
+    chosen = [other for other in known if other == name or other.startswith(f"{name}/")]
+    if not chosen:
+        raise NotFoundError(f"no sample named {name!r}", hint=f"known: {', '.join(known) or 'none'}")
+    return [path for other in chosen for path in sorted((_samples() / other).glob("*.tar"))]
+
+
+def resolve_shards(spec: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The shards that a path stands for, in order.
+
+    Args:
+        spec: A folder (its `*.tar`, by name), one `.tar`, `sample:emoji/train`, a pattern such as
+            `data/{00000..00010}.tar`, `sample:emoji/{train,heldout}` or `data/*.tar`, or several of these.
+
+    Raises:
+        NotFoundError: Nothing is there, or a shard of a pattern is missing.
+    """
+    if not isinstance(spec, str | Path):
+        return [path for part in spec for path in resolve_shards(part)]
+    path, text = Path(spec), str(spec)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(item for item in path.iterdir() if item.suffix == ".tar" and item.is_file())
+        if not found:
+            raise NotFoundError(f"no shards in {path}", hint="a shard is a .tar file")
+        return found
+    if "{" in text:
+        try:
+            names = list(braceexpand(text))
+        except ValueError as error:
+            raise InputError(f"{spec}: the braces do not match") from error
+        if names != [text]:
+            return resolve_shards(names)
+    if text.startswith("sample:"):
+        return _sample_shards(text.removeprefix("sample:").strip("/"))
+    found = sorted(Path(name) for name in glob.glob(text)) if "*" in text else []
+    if not found:
+        raise NotFoundError(
+            f"no such shards: {spec}", hint="give a folder of .tar files, one .tar or a pattern"
+        )
+    return found
+
+
+def is_shards(spec: str | Path) -> bool:
+    """Whether a SOURCE is shards (and not pictures or a table)."""
+    text, path = str(spec), Path(spec)
+    if text.startswith("sample:") or (("{" in text or "*" in text) and not path.exists()):
+        return True
+    return path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar")))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One picture of a folder or table: the file, what it is called, its caption and its other columns."""
+
+    file: Path
+    key: str
+    caption: str | None
+    meta: dict[str, Any] = field(default_factory=dict)
+    beside: bool = False
+    """Whether a `.txt` and a `.json` of the same name beside the picture are its caption and meta."""
+
+
+class FileSource:
+    """Pictures that lie in files of their own, with captions from a folder or a table.
+
+    Args:
+        rows: The pictures in order.
+        faults: What could not even become a row (for example a broken line of a table).
+        name: What to call them in messages and manifests.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], faults: Sequence[SampleFault] = (), name: str = "pictures"
+    ) -> None:
+        self.name = name
+        self.rows = rows
+        self.faults = list(faults)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether any picture has a caption (a folder always has: the file name stands in)."""
+        return any(row.caption is not None for row in self.rows)
+
+    def key(self, position: int) -> str:
+        """The path of the picture at a position."""
+        return self.rows[position].key
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Record:
+        """The record at a position. Raises: RecordError."""
+        row = self.rows[position]
+        try:
+            image = row.file.read_bytes()
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+            reason = "missing file" if missing else "unreadable file"
+            raise RecordError(f"{row.file}: {error.strerror or error}", reason) from error
+        except ValueError as error:  # a NUL inside the path
+            raise RecordError(f"{row.key!r} is no path: {error}", "missing file") from error
+        return Record((0, position), row.key, image, *_caption(row))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over paths, sizes, captions and other columns."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            line = [row.key, _size(row.file), row.caption, row.meta]
+            digest.update(json.dumps(line, ensure_ascii=False, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+
+def _size(path: Path) -> int | None:
+    """Bytes in a file, None when there is none (or no such path can be)."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return None
+
+
+def _caption(row: Row) -> tuple[str | None, dict[str, Any]]:
+    """Caption and meta of a row: what stands beside the picture in `.txt` and `.json` comes first."""
+    caption, meta = row.caption, row.meta
+    if row.beside:
+        text, data = row.file.with_suffix(".txt"), row.file.with_suffix(".json")
+        caption = parse_caption(text.read_bytes(), str(text)) if text.is_file() else caption
+        meta = parse_meta(data.read_bytes(), str(data)) if data.is_file() else meta
+    return caption, meta
+
+
+def caption_from_name(path: Path) -> str:
+    """A caption from a file name: `red_fire-truck.jpg` is "red fire truck"."""
+    return " ".join(path.stem.replace("_", " ").replace("-", " ").split())
+
+
+def folder_source(folder: Path) -> FileSource:
+    """All pictures below a folder, by path; hidden files and folders are passed over."""
+    known = PICTURE_SUFFIXES + OTHER_PICTURES
+    rows = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.suffix.lower() in known and not any(part.startswith(".") for part in inside.parts):
+            rows.append(Row(path, inside.as_posix(), caption_from_name(path), beside=True))
+    if not rows:
+        raise NotFoundError(f"no pictures in {folder}", hint=f"looked for {', '.join(PICTURE_SUFFIXES)}")
+    return FileSource(rows, name=str(folder))
+
+
+def table_source(path: Path, *, captions: bool) -> FileSource:
+    """The pictures that a table names; relative paths start at the table's folder.
+
+    Args:
+        path: CSV, TSV, JSONL or Parquet with a column `path`, and `caption` unless `captions` is false.
+        captions: Whether the column `caption` must be there.
+    """
+    rows, faults = [], []
+    for position, (row, fault) in enumerate(read_table(path, captions=captions)):
+        if fault:
+            faults.append(SampleFault(position, str(row.get("path") or ""), fault[0], fault[1]))
+            continue
+        name, caption = row.pop("path"), row.pop("caption", None)
+        rows.append(Row(path.parent / name, name, caption, row))
+    return FileSource(rows, faults, name=str(path))
+
+
+def open_source(spec: str | Path, *, captions: bool = False) -> RecordSource:
+    """A SOURCE as records that can be read in any order.
+
+    Args:
+        spec: See `WHAT`.
+        captions: Refuse a table without captions.
+
+    Raises:
+        NotFoundError: There is no such thing.
+        InputError: It is there, but it is no SOURCE.
+    """
+    if is_shards(spec):
+        from clipkit_data.dataset import ShardDataset
+
+        return ShardDataset(resolve_shards(spec), name=str(spec))
+    path = Path(spec)
+    if path.is_dir():
+        return folder_source(path)
+    if not path.exists():
+        raise NotFoundError(f"no such file or folder: {path}", hint=WHAT)
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return table_source(path, captions=captions)
+    raise InputError(f"{path} is no SOURCE", hint=WHAT)
+
+
+def iter_pairs(spec: str | Path) -> Iterator[Record | SampleFault]:
+    """Every picture of a SOURCE with its caption, in order; a fault where one cannot be read."""
+    source = open_source(spec, captions=True)
+    for position in range(len(source)):
+        try:
+            yield source[position]
+        except RecordError as error:
+            yield SampleFault(position, source.key(position), error.reason, error.message)
+    yield from getattr(source, "faults", [])

@@ -1,0 +1,183 @@
+"""What a SOURCE can be, and what becomes of rows that are wrong."""
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipkit.errors import DataError, InputError, NotFoundError
+from clipkit_data.dataset import ShardDataset
+from clipkit_data.records import Record, SampleFault
+from clipkit_data.sources import caption_from_name, is_shards, iter_pairs, open_source, resolve_shards
+
+
+@pytest.fixture
+def photos(tmp_path: Path, picture: Callable[..., bytes]) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    (folder / "red_fire-truck.png").write_bytes(picture(0))
+    (folder / "b.JPG").write_bytes(picture(1, kind="JPEG"))
+    (folder / "b.txt").write_text("  a caption of its own\n")
+    (folder / "sub" / "c.webp").write_bytes(picture(2, kind="WEBP"))
+    (folder / "sub" / "c.json").write_text('{"place": "here"}')
+    (folder / "notes.md").write_text("no picture")
+    (folder / ".hidden" / "d.png").write_bytes(picture(3))
+    return folder
+
+
+def records(source: Path) -> list[Record]:
+    found = list(iter_pairs(source))
+    assert all(isinstance(item, Record) for item in found)
+    return [item for item in found if isinstance(item, Record)]
+
+
+def faults(source: Path) -> list[tuple[str, str]]:
+    return [(item.key, item.reason) for item in iter_pairs(source) if isinstance(item, SampleFault)]
+
+
+def test_shards_by_folder_file_pattern_and_list(shards: Path) -> None:
+    both = [shards / "00000.tar", shards / "00001.tar"]
+    assert resolve_shards(shards) == both
+    assert resolve_shards(both[1]) == both[1:]
+    assert resolve_shards(f"{shards}/{{00000..00001}}.tar") == both
+    assert resolve_shards(f"{shards}/*.tar") == both
+    assert resolve_shards([both[1], str(both[0])]) == both[::-1]
+    assert is_shards(shards)
+    assert isinstance(open_source(f"{shards}/{{00000..00001}}.tar"), ShardDataset)
+
+
+def test_unknown_shards(shards: Path, tmp_path: Path) -> None:
+    for spec in (tmp_path / "no", f"{shards}/{{00000..00002}}.tar", f"{tmp_path}/*.tar", tmp_path):
+        with pytest.raises(NotFoundError):
+            resolve_shards(spec)
+    with pytest.raises(NotFoundError, match="no sample named 'birds'"):
+        resolve_shards("sample:birds")
+
+
+def test_folder_takes_captions_beside_pictures_or_from_names(photos: Path) -> None:
+    found = {record.key: record for record in records(photos)}
+    assert {key: record.caption for key, record in found.items()} == {
+        "b.JPG": "a caption of its own",
+        "red_fire-truck.png": "red fire truck",
+        "sub/c.webp": "c",
+    }
+    assert found["sub/c.webp"].meta == {"place": "here"}
+    assert found["b.JPG"].image == (photos / "b.JPG").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [("red_fire-truck.jpg", "red fire truck"), ("a__b--c.png", "a b c"), ("v1.2_cat.png", "v1.2 cat")],
+)
+def test_caption_from_name(name: str, caption: str) -> None:
+    assert caption_from_name(Path(name)) == caption
+
+
+def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
+    else:
+        mark = "\t" if path.suffix == ".tsv" else ","
+        cells = [list(rows[0]), *[[str(value) for value in row.values()] for row in rows]]
+        path.write_text("".join(mark.join(f'"{cell}"' for cell in row) + "\n" for row in cells))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_tables(photos: Path, suffix: str) -> None:
+    rows: list[dict[str, object]] = [
+        {"path": "b.JPG", "caption": "one, 红苹果", "stars": 3},
+        {"path": "sub/c.webp", "caption": "12", "stars": 4},
+    ]
+    found = records(write_table(photos / f"table.{suffix}", rows))
+    assert [(record.key, record.caption) for record in found] == [
+        ("b.JPG", "one, 红苹果"),
+        ("sub/c.webp", "12"),
+    ]
+    assert [record.meta["stars"] for record in found] == [3, 4]
+    assert found[1].image == (photos / "sub" / "c.webp").read_bytes()
+
+
+def test_csv_with_wrong_rows(photos: Path) -> None:
+    path = photos / "table.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfpath,caption,note\n"
+        b"b.JPG,fine,x\n"
+        b"b.JPG,too,many,cells\n"
+        b"missing.png,gone,x\n"
+        b",no path,x\n"
+        b"b.JPG,n\xe9,x\n"
+        b'b.JPG,"two\nlines",x\n'
+        b"sub,a folder,x\n"
+    )
+    found = [item.caption for item in iter_pairs(path) if isinstance(item, Record)]
+    assert found == ["fine", "two\nlines"]
+    assert sorted(faults(path)) == [
+        ("", "missing path"),
+        ("", "wrong number of columns"),
+        ("b.JPG", "caption is not UTF-8"),
+        ("missing.png", "missing file"),
+        ("sub", "missing file"),
+    ]
+
+
+def test_jsonl_with_wrong_rows(photos: Path) -> None:
+    path = photos / "table.jsonl"
+    path.write_text('{"path": "b.JPG", "caption": "fine"}\n{"path": \n[1]\n{"caption": "x"}\n')
+    assert faults(path) == [("", "invalid json"), ("", "invalid json"), ("", "missing path")]
+
+
+def test_odd_values_become_json(photos: Path) -> None:
+
+    rows: list[dict[str, object]] = [
+        {
+            "path": "b.JPG",
+            "caption": None,
+            "day": datetime.date(2020, 1, 2),
+            "raw": b"\xff",
+            "x": float("nan"),
+        }
+    ]
+    path = write_table(photos / "t.parquet", rows)
+    record = records(path)[0]
+    assert record.caption == ""
+    assert json.loads(json.dumps(record.meta, allow_nan=False)) == {
+        "day": "2020-01-02",
+        "raw": "\ufffd",
+        "x": None,
+    }
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_columns_that_are_missing(photos: Path, suffix: str) -> None:
+    path = write_table(photos / f"table.{suffix}", [{"filepath": "b.JPG", "caption": "words"}])
+    with pytest.raises(InputError, match="no column 'path'") as caught:
+        open_source(path)
+    assert "filepath" in str(caught.value)
+    path = write_table(photos / f"table.{suffix}", [{"path": "b.JPG"}])
+    assert open_source(path)[0].caption is None
+    with pytest.raises(InputError, match="no column 'caption'"):
+        open_source(path, captions=True)
+
+
+def test_what_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("hello")
+    (tmp_path / "x.parquet").write_text("hello")
+    (tmp_path / "x.csv").write_text("")
+    with pytest.raises(NotFoundError, match="no such file"):
+        open_source(tmp_path / "nothing")
+    with pytest.raises(NotFoundError, match="no pictures"):
+        open_source(tmp_path)
+    with pytest.raises(InputError, match="is no SOURCE"):
+        open_source(tmp_path / "x.txt")
+    with pytest.raises(DataError, match="cannot be read"):
+        open_source(tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="columns found: none"):
+        open_source(tmp_path / "x.csv")

@@ -1,0 +1,139 @@
+"""Real runs of a tiny model on real shards: learning, logs, resuming, refusing, damage."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipkit.errors import ArtifactError, ClipkitError, NotFoundError
+from clipkit.models import load_model
+from clipkit_training.checkpoint import COMMIT, newest_checkpoint
+from clipkit_training.evaluate import evaluate_model
+from clipkit_training.recipe import Recipe, load_recipe
+from clipkit_training.run import train_recipe
+from clipkit_training.world import World
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+def rows(run: Path, kind: str) -> list[dict]:
+    """The records of one kind in a run's metrics."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def recipe_of(path: Path, *overrides: str) -> Recipe:
+    return load_recipe(str(path), overrides)
+
+
+def test_it_learns_and_says_so(tiny_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = train_recipe(recipe_of(tiny_recipe, "--max-steps", "60"), run, ALONE)
+    assert result["steps"] == 60
+    assert result["pairs"] == 60 * 24
+    assert result["faults"] == {}
+    train, heldout = rows(run, "train"), rows(run, "heldout")
+    assert [row["step"] for row in train] == list(range(1, 61))
+    assert train[-1]["loss"] < 0.6 * train[0]["loss"]
+    assert train[-1]["accuracy"] > train[0]["accuracy"]
+    assert len(heldout) == 2
+    assert heldout[-1]["text_to_image"]["recall@1"] > 0.25, "chance is 0.04"
+    assert heldout[-1]["zero_shot"] > 0.3, "chance is 0.17"
+    assert list((run / "tensorboard").iterdir())
+    figures = evaluate_model(str(run / "model"), [recipe_of(tiny_recipe).data.heldout or ""])
+    assert figures["heldout"]["queries"] == figures["heldout"]["gallery"] == 24
+    assert figures["heldout"]["text_to_image"] == heldout[-1]["text_to_image"], "saved and loaded"
+    trained, untrained = figures["heldout"], figures["untrained"]["heldout"]
+    assert trained["text_to_image"]["recall@1"] > untrained["text_to_image"]["recall@1"]
+
+
+def test_seen_and_heldout_are_told_apart(tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_recipe)
+    train_recipe(recipe, tmp_path / "run", ALONE)
+    figures = evaluate_model(str(tmp_path / "run/model"), [recipe.data.train, recipe.data.heldout or ""])
+    assert figures["seen"]["queries"] == 72
+    assert figures["heldout"]["queries"] == 24
+    assert figures["seen"]["gallery"] == figures["heldout"]["gallery"] == 96
+    assert set(figures["untrained"]) == {"seen", "heldout"}
+
+
+def test_resuming_is_bit_equal(tiny_recipe: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_recipe(recipe_of(tiny_recipe), whole, ALONE)
+    train_recipe(recipe_of(tiny_recipe), parts, ALONE)
+    shutil.rmtree(parts / "checkpoints/step_00000006")
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 9')  # a line cut off by the crash
+    result = train_recipe(recipe_of(tiny_recipe), parts, ALONE, resume=True)
+    assert result["steps"] == 6
+    first, second = (load_file(run / "model/model.safetensors") for run in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for kind in ("train", "heldout"):
+        assert [row["step"] for row in rows(whole, kind)] == [row["step"] for row in rows(parts, kind)]
+    assert [row["loss"] for row in rows(whole, "train")] == [row["loss"] for row in rows(parts, "train")]
+
+
+def test_a_checkpoint_counts_only_when_whole(tiny_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_recipe(recipe_of(tiny_recipe), run, ALONE)
+    newest, older = run / "checkpoints/step_00000006", run / "checkpoints/step_00000003"
+    assert newest_checkpoint(run) == newest
+    weights = newest / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert newest_checkpoint(run) == older, "a flipped bit"
+    (older / COMMIT).unlink()
+    assert newest_checkpoint(run) is None, "no COMMIT"
+
+
+def test_a_run_is_never_overwritten(tiny_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(NotFoundError, match="no run to resume"):
+        train_recipe(recipe_of(tiny_recipe), run, ALONE, resume=True)
+    train_recipe(recipe_of(tiny_recipe), run, ALONE)
+    with pytest.raises(ArtifactError, match="already holds a run"):
+        train_recipe(recipe_of(tiny_recipe), run, ALONE)
+
+
+def test_resuming_refuses_other_shards(tiny_recipe: Path, shape_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_recipe(recipe_of(tiny_recipe), run, ALONE)
+    other = recipe_of(tiny_recipe, "--data.train", str(shape_shards / "heldout"))
+    with pytest.raises(ArtifactError, match="not those the run started with"):
+        train_recipe(other, run, ALONE, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
+    wild = recipe_of(tiny_recipe, "--optim.lr", "1e30", "--optim.clip-norm", "None", "--optim.warmup-steps", "0")
+    with pytest.raises(ClipkitError, match=r"the loss is .* at step \d"):
+        train_recipe(wild, tmp_path / "run", ALONE)
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_a_time_budget_ends_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_recipe, "--max-minutes", "0.02", "--max-steps", "100000")
+    result = train_recipe(recipe, tmp_path / "run", ALONE)
+    assert 0 < result["steps"] < 100000
+    assert rows(tmp_path / "run", "train")[-1]["lr"] < 0.003 / 2, "the cosine ends with the time"
+
+
+def test_damaged_samples_are_replaced_and_reported(
+    tiny_recipe: Path, shape_shards: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / "damaged"
+    shutil.copytree(shape_shards / "train", shards)
+    shard = shards / "00000.tar"
+    data = bytearray(shard.read_bytes())
+    start = data.index(b"IDAT") + 8
+    data[start : start + 8] = bytes(8)
+    shard.write_bytes(data)
+    run = tmp_path / "run"
+    result = train_recipe(recipe_of(tiny_recipe, "--data.train", str(shards)), run, ALONE)
+    assert sum(result["faults"].values()) == 1
+    fault = json.loads((run / "faults-0.jsonl").read_text())
+    assert fault["key"] == "000000000"
+    assert load_model(str(run / "model")).dim == 32

@@ -1,0 +1,40 @@
+"""One rank of the training comparison: one batch of a recipe, its global loss and averaged gradients."""
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from clipkit_data.loader import TrainBatches
+from clipkit_training.loop import Trainer
+from clipkit_training.recipe import load_recipe
+from clipkit_training.world import world_from_environment
+
+
+def main(recipe_path: str, out: str) -> None:
+    recipe = load_recipe(recipe_path)
+    with world_from_environment(recipe.device) as world:
+        trainer = Trainer(recipe, Path(out).parent, world)
+        batch = next(
+            iter(
+                TrainBatches(
+                    trainer.data,
+                    trainer.model.preprocess,
+                    trainer.model.tokenizer,
+                    batch_size=recipe.data.batch_size,
+                    rank=world.rank,
+                    world=world.size,
+                    augment=recipe.data.augment,
+                )
+            )
+        )
+        loss, metrics = trainer.parallel(batch.images, batch.ids)
+        loss.backward()
+        if world.main:
+            gradients = {f"gradient.{name}": p.grad for name, p in trainer.model.named_parameters()}
+            assert all(gradient is not None for gradient in gradients.values())
+            save_file({**gradients, "loss": metrics["loss"].detach()}, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Training for clipkit: one loop, one small Step per method, recipes as YAML."""

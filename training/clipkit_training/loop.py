@@ -1,0 +1,214 @@
+"""The one training loop: batches in, a Step's loss out, optimizer, clamp, log, evaluate, checkpoint.
+
+Everything that decides a step is a pure function of the seed and the step number: which pairs, which
+captions, which augmentation, and the random numbers inside the model. Resuming needs the weights, the
+optimizer and one integer. The budget is steps, epochs or minutes; progress through it, agreed by all ranks,
+drives the learning rate.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipkit.errors import ArtifactError, ClipkitError
+from clipkit.files import atomic_write
+from clipkit.models import build_model
+from clipkit_data.captions import CaptionSampler
+from clipkit_data.dataset import ShardDataset
+from clipkit_data.loader import Batch, TrainBatches
+from clipkit_data.pairs import EvalBatches, Pairs
+from clipkit_data.sources import resolve_shards
+from clipkit_training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from clipkit_training.evaluate import live_report
+from clipkit_training.log import RunLog
+from clipkit_training.optim import build_optimizer, learning_rate
+from clipkit_training.precision import autocast, resolve_precision
+from clipkit_training.recipe import Recipe
+from clipkit_training.steps import STEPS
+from clipkit_training.world import World
+
+
+@dataclass
+class Budget:
+    """How far a run is, in [0, 1], by whichever of its limits is nearest."""
+
+    max_steps: int | None
+    max_seconds: float | None
+    spent_before: float
+    started: float
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return self.spent_before + time.monotonic() - self.started
+
+    def progress(self, step: int) -> float:
+        """The share of the budget spent after `step` steps."""
+        by_steps = step / self.max_steps if self.max_steps else 0.0
+        by_time = self.seconds() / self.max_seconds if self.max_seconds else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+
+class Trainer:
+    """One run of a recipe in a run folder."""
+
+    def __init__(self, recipe: Recipe, run: Path, world: World) -> None:
+        self.recipe, self.run, self.world = recipe, run, world
+        self.model = build_model(recipe.model, seed=recipe.seed).to(world.device)
+        step: nn.Module = STEPS.get(recipe.step).build(self.model, world.group)
+        self.parallel = (
+            step if world.group is None else DistributedDataParallel(step, process_group=world.group)
+        )
+        self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.precision = resolve_precision(recipe.precision, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
+        self.data = ShardDataset(resolve_shards(recipe.data.train))
+        self.heldout = self._heldout_batches()
+        self.step = 0
+        self.spent = 0.0
+
+    def _heldout_batches(self) -> list[Pairs]:
+        heldout = self.recipe.data.heldout
+        if not heldout or not self.recipe.evaluations or not self.world.main:
+            return []
+        dataset = ShardDataset(resolve_shards(heldout))
+        return list(EvalBatches(dataset, self.model.preprocess))
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, if there is one."""
+        folder = newest_checkpoint(self.run)
+        if folder is None:
+            return
+        state = load_checkpoint(folder, self.model, self.optimizer)
+        if state["data"] != self.data.fingerprint():
+            raise ArtifactError(
+                f"{folder}: the shards of data.train are not those the run started with",
+                hint="put them back, or start a new run",
+            )
+        self.step, self.spent = state["step"], state["seconds"]
+        self.scaler.load_state_dict(state["scaler"])
+
+    def train(self) -> dict[str, Any]:
+        """Train until the budget is spent. Returns what the run cost and how it ended."""
+        data, world = self.recipe.data, self.world
+        loader = TrainBatches(
+            self.data,
+            self.model.preprocess,
+            self.model.tokenizer,
+            batch_size=data.batch_size,
+            seed=self.recipe.seed,
+            rank=world.rank,
+            world=world.size,
+            workers=data.workers,
+            captions=CaptionSampler(data.captions),
+            augment=data.augment,
+            cache=data.cache,
+            start_step=self.step,
+            trim=getattr(self.model.text, "trimmable", False),
+            pin_memory=world.device.type == "cuda",
+        )
+        first = self.step
+        budget = Budget(self._max_steps(), self._max_seconds(), self.spent, time.monotonic())
+        with ExitStack() as stack:
+            log = stack.enter_context(RunLog.open(self.run, first, "training")) if world.main else None
+            self._steps(iter(loader), budget, log)
+        before, self.spent = self.spent, budget.seconds()
+        taken = (self.step - first) * data.batch_size
+        result = {
+            "steps": self.step,
+            "pairs": self.step * data.batch_size,
+            "seconds": round(self.spent, 2),
+            "pairs_per_second": round(taken / max(self.spent - before, 1e-9), 1),
+            "precision": self.precision,
+            "processes": world.size,
+            "faults": loader.fault_counts(),
+        }
+        self._keep_faults(loader)
+        return result
+
+    def _keep_faults(self, loader: TrainBatches) -> None:
+        """List the samples that this rank replaced in `faults-RANK.jsonl`, if there were any."""
+        if loader.faults:
+            lines = [json.dumps(asdict(fault), ensure_ascii=False) for fault in loader.faults]
+            atomic_write(self.run / f"faults-{self.world.rank}.jsonl", "\n".join(lines) + "\n")
+
+    def _steps(self, batches: Iterator[Batch], budget: Budget, log: RunLog | None) -> None:
+        done = self.world.agree(budget.progress(self.step))
+        evaluated = math.floor(done * self.recipe.evaluations)
+        saved = math.floor(done * self.recipe.checkpoints)
+        while done < 1:
+            record = self._one_step(next(batches), done)
+            self.step += 1
+            done = self.world.agree(budget.progress(self.step))
+            if log:
+                log.step(self.step, done, record | {"seconds": round(budget.seconds(), 3)})
+            if (due := math.floor(done * self.recipe.evaluations)) > evaluated:
+                evaluated = due
+                if log and self.heldout:
+                    figures = live_report(self.model, self.heldout, self.recipe.zero_shot_field)
+                    log.evaluation(self.step, done, figures)
+            if (due := math.floor(done * self.recipe.checkpoints)) > saved:
+                saved = due
+                self._save(budget)
+
+    def _one_step(self, batch: Batch, done: float) -> dict[str, float]:
+        started = time.monotonic()
+        recipe = self.recipe
+        batch = batch.to(self.world.device)
+        rate = learning_rate(recipe.optim, self.step, done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(hash((recipe.seed, self.step, self.world.rank)))
+        self.parallel.train()
+        with autocast(self.precision, self.world.device):
+            loss, metrics = self.parallel(batch.images, batch.ids)
+        if not torch.isfinite(loss):
+            raise ClipkitError(
+                f"the loss is {loss.item()} at step {self.step}",
+                hint="lower optim.lr, or use precision: fp32; earlier checkpoints are kept",
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = recipe.optim.clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.model.clamp_scale_()
+        seconds = time.monotonic() - started
+        return {
+            **{name: round(float(value), 6) for name, value in metrics.items()},
+            "lr": rate,
+            "grad_norm": norm.item(),
+            "scale": self.model.log_scale.exp().item(),
+            "epoch": batch.epoch,
+            "samples_per_second": round(recipe.data.batch_size / max(seconds, 1e-9), 1),
+        }
+
+    def _max_steps(self) -> int | None:
+        limits = [self.recipe.max_steps]
+        if self.recipe.max_epochs is not None:
+            limits.append(math.ceil(self.recipe.max_epochs * len(self.data) / self.recipe.data.batch_size))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _max_seconds(self) -> float | None:
+        return self.recipe.max_minutes * 60 if self.recipe.max_minutes else None
+
+    def _save(self, budget: Budget) -> None:
+        if self.world.main:
+            state = {
+                "step": self.step,
+                "seconds": budget.seconds(),
+                "data": self.data.fingerprint(),
+                "scaler": self.scaler.state_dict(),
+            }
+            save_checkpoint(self.run, self.step, self.model, self.optimizer, state)
+        self.world.barrier()

@@ -1,0 +1,73 @@
+"""The processes that train together: rank, size, device and process group, as torchrun sets them up.
+
+One process without torchrun is a world of size 1 with no group; nothing else in the package asks how many
+processes there are in any other way.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from clipkit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together. `group` is None when it is alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and talks to people."""
+        return self.rank == 0
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value on every rank, so that clocks cannot make ranks part ways."""
+        if self.group is None:
+            return value
+        box = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(box, src=0, group=self.group)
+        return float(box.item())
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is the GPU of this local rank where there is one, else the CPU."""
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {name!r} is no torch device", hint="try auto, cpu or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {name!r} was asked for, but torch sees no GPU", hint="try device: auto")
+    return device
+
+
+@contextmanager
+def world_from_environment(device: str = "auto") -> Iterator[World]:
+    """The world that torchrun describes in the environment; a world of one without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        yield World(0, 1, pick_device(device), None)
+        return
+    local = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if local.type == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if local.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
