@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import webdataset
 from PIL import Image, ImageDraw
+from webdataset.writer import TarWriter
 
 from clipkit.files import write_manifest
 
@@ -113,7 +113,7 @@ def shape_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for shard, start in enumerate(range(0, len(samples), half)):
             with (
                 (root / split / f"{shard:05d}.tar").open("wb") as file,
-                webdataset.TarWriter(file, mtime=0, encoder=False) as writer,
+                TarWriter(file, mtime=0, encoder=False) as writer,
             ):
                 for place, (caption, picture, meta) in enumerate(samples[start : start + half]):
                     key = f"{shard:05d}{place:04d}"

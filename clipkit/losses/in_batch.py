@@ -19,15 +19,15 @@ from clipkit.losses.primitive import contrast
 
 
 def clip_loss(
-    image_ND: Tensor, text_ND: Tensor, *, scale: Scalar, group: dist.ProcessGroup | None = None
+    image: Tensor, text: Tensor, *, scale: Scalar, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """Symmetric cross-entropy of matching images with texts.
 
         L = ½ (mean_i −log softmax_j(s ⟨x_i, y_j⟩)_i + mean_j −log softmax_i(s ⟨x_i, y_j⟩)_j)
 
     Args:
-        image_ND: (N, D), floating.
-        text_ND: (N, D); row i belongs to row i of `image_ND`.
+        image: (N, D), floating.
+        text: (N, D); row i belongs to row i of `image`.
         scale: s = 1/τ > 0, the exponential of CLIP's `logit_scale`; number or tensor with its gradient.
         group: gather both sides over these ranks.
 
@@ -42,13 +42,13 @@ def clip_loss(
         open_clip's `ClipLoss` is the same; its default (`local_loss` and `gather_with_grad` off) trains
         with feature gradients 1/W of these, and with `local_loss` alone the column terms are missing.
     """
-    checks.same_shape(image=checks.features("image", image_ND), text=checks.features("text", text_ND))
-    return contrast(image_ND, text_ND, scale=scale, direction="both", group=group).loss
+    checks.same_shape(image=checks.features("image", image), text=checks.features("text", text))
+    return contrast(image, text, scale=scale, direction="both", group=group).loss
 
 
 def siglip_loss(
-    image_ND: Tensor,
-    text_ND: Tensor,
+    image: Tensor,
+    text: Tensor,
     *,
     scale: Scalar,
     bias: Scalar,
@@ -59,8 +59,8 @@ def siglip_loss(
         L = 1/N Σ_i Σ_j log(1 + exp(−y_ij (s ⟨x_i, y_j⟩ + b))),   y_ij = 1 if i = j else −1
 
     Args:
-        image_ND: (N, D), floating.
-        text_ND: (N, D); row i belongs to row i of `image_ND`.
+        image: (N, D), floating.
+        text: (N, D); row i belongs to row i of `image`.
         scale: s > 0, number or tensor with its gradient; SigLIP starts at 10.
         bias: b, number or tensor with its gradient; SigLIP starts at −10.
         group: gather the texts over these ranks.
@@ -75,12 +75,12 @@ def siglip_loss(
         Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", eq. 3 and algorithm 1 (divided by
         N, not by the N² pairs). open_clip's `SigLipLoss` on one process is the same.
     """
-    checks.same_shape(image=checks.features("image", image_ND), text=checks.features("text", text_ND))
-    return contrast(image_ND, text_ND, scale=scale, bias=bias, link="logistic", group=group).loss
+    checks.same_shape(image=checks.features("image", image), text=checks.features("text", text))
+    return contrast(image, text, scale=scale, bias=bias, link="logistic", group=group).loss
 
 
 def nt_xent_loss(
-    z1_ND: Tensor, z2_ND: Tensor, *, temperature: Scalar, group: dist.ProcessGroup | None = None
+    z1: Tensor, z2: Tensor, *, temperature: Scalar, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """SimCLR's normalised temperature-scaled cross-entropy over 2N rows.
 
@@ -89,8 +89,8 @@ def nt_xent_loss(
     p is the other view of i; the denominator has 2N − 1 terms: the positive is in it, the row itself not.
 
     Args:
-        z1_ND: (N, D), floating.
-        z2_ND: (N, D); row i is another view of row i of `z1_ND`.
+        z1: (N, D), floating.
+        z2: (N, D); row i is another view of row i of `z1`.
         temperature: τ > 0.
         group: gather both views over these ranks.
 
@@ -105,9 +105,9 @@ def nt_xent_loss(
         algorithm 1 (the mean over 2N). The authors' code returns the sum of the two views' means, twice
         this; lightly's and pytorch-metric-learning's NTXentLoss are the same as this.
     """
-    checks.same_shape(z1=checks.features("z1", z1_ND), z2=checks.features("z2", z2_ND))
-    n, device = z1_ND.shape[0], z1_ND.device
-    z_2ND = torch.cat([z1_ND, z2_ND])
+    checks.same_shape(z1=checks.features("z1", z1), z2=checks.features("z2", z2))
+    n, device = z1.shape[0], z1.device
+    z_2ND = torch.cat([z1, z2])
     ids = unique_ids(n, group, device).repeat(2)
     views = torch.arange(2, device=device).repeat_interleave(n)
     inverse = checks.temperature(temperature, z_2ND)
@@ -117,8 +117,8 @@ def nt_xent_loss(
 
 
 def info_nce_loss(
-    query_ND: Tensor,
-    positive_ND: Tensor,
+    query: Tensor,
+    positive: Tensor,
     *,
     negatives: Tensor | None = None,
     temperature: Scalar,
@@ -128,12 +128,12 @@ def info_nce_loss(
 
         L = mean_i −log(exp(s_ip) / (exp(s_ip) + Σ_n exp(s_in))),   s = cosine / τ
 
-    Without `negatives`, n runs over the other rows of `positive_ND` (CPC, SimCSE, the N-pair loss); with
+    Without `negatives`, n runs over the other rows of `positive` (CPC, SimCSE, the N-pair loss); with
     them, over the K rows of `negatives` alone (MoCo).
 
     Args:
-        query_ND: (N, D), floating.
-        positive_ND: (N, D); row i belongs to row i of `query_ND`.
+        query: (N, D), floating.
+        positive: (N, D); row i belongs to row i of `query`.
         negatives: (K, D) or None. Keys that must get no gradient are passed detached; `group` leaves them
             as they are (a queue holds every rank's keys already).
         temperature: τ > 0.
@@ -151,18 +151,14 @@ def info_nce_loss(
         CEBRA and decoupled contrastive learning leave it out (`contrast(denominator="neg")`), and then
         log K − L bounds nothing. MoCo v3 multiplies by 2τ and sums both directions.
     """
-    checks.same_shape(
-        query=checks.features("query", query_ND), positive=checks.features("positive", positive_ND)
-    )
-    inverse = checks.temperature(temperature, query_ND)
+    checks.same_shape(query=checks.features("query", query), positive=checks.features("positive", positive))
+    inverse = checks.temperature(temperature, query)
     paired = negatives is not None
-    return contrast(
-        query_ND, positive_ND, paired=paired, negatives=negatives, scale=inverse, group=group
-    ).loss
+    return contrast(query, positive, paired=paired, negatives=negatives, scale=inverse, group=group).loss
 
 
 def sup_con_loss(
-    z_ND: Tensor, labels_N: Tensor, *, temperature: Scalar, group: dist.ProcessGroup | None = None
+    z: Tensor, labels: Tensor, *, temperature: Scalar, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """Supervised contrastive loss, with the mean over positives outside the logarithm ("out").
 
@@ -172,8 +168,8 @@ def sup_con_loss(
     of them the loss is 0.
 
     Args:
-        z_ND: (N, D), floating; several views of a sample are several rows with one label.
-        labels_N: (N,) integers.
+        z: (N, D), floating; several views of a sample are several rows with one label.
+        labels: (N,) integers.
         temperature: τ > 0.
         group: gather rows and labels over these ranks.
 
@@ -188,11 +184,9 @@ def sup_con_loss(
         τ / base temperature (1 when both are 0.07) and gives nan for a row without positives;
         pytorch-metric-learning's SupConLoss is the same as this. For eq. 3 use `contrast(aggregate="in")`.
     """
-    checks.features("z", z_ND)
-    n, device = z_ND.shape[0], z_ND.device
-    labels = checks.integers("labels", labels_N, (n,), device)
+    checks.features("z", z)
+    n, device = z.shape[0], z.device
+    labels = checks.integers("labels", labels, (n,), device)
     rows = unique_ids(n, group, device)  # as view: a row is itself only where the row number is equal too
-    inverse = checks.temperature(temperature, z_ND)
-    return contrast(
-        z_ND, z_ND, q_id=labels, k_id=labels, q_view=rows, k_view=rows, scale=inverse, group=group
-    ).loss
+    inverse = checks.temperature(temperature, z)
+    return contrast(z, z, q_id=labels, k_id=labels, q_view=rows, k_view=rows, scale=inverse, group=group).loss

@@ -77,8 +77,8 @@ class ContrastOutput:
 
 
 def contrast(
-    q_ND: Tensor,
-    k_MD: Tensor,
+    q: Tensor,
+    k: Tensor,
     *,
     q_id: Tensor | None = None,
     k_id: Tensor | None = None,
@@ -122,8 +122,8 @@ def contrast(
     negative). Everything is float32 (float64 if an input is), also under autocast.
 
     Args:
-        q_ND: (N, D) rows, floating.
-        k_MD: (M, D) candidates of every row; with `paired`, (N, D): row i meets k_i alone.
+        q: (N, D) rows, floating.
+        k: (M, D) candidates of every row; with `paired`, (N, D): row i meets k_i alone.
         q_id, k_id: (N,), (M,) integers; equal ids make a positive pair. Default: row i belongs to k_i. k_id
             defaults to q_id. Ids are compared over the whole group.
         q_view, k_view: int or (N,), (M,) integers; equal id *and* view is the row itself, which is left out.
@@ -160,14 +160,14 @@ def contrast(
         Grill et al. 2020.
     """
     group_rank(group)  # refuses a process outside of the group, before the others wait for it
-    checks.features("q", q_ND)
-    checks.features("k", k_MD)
-    checks.fits("q", q_ND, "k", k_MD)
+    checks.features("q", q)
+    checks.features("k", k)
+    checks.fits("q", q, "k", k)
     if group is None:
-        checks.not_empty("q", q_ND)
-        checks.not_empty("k", k_MD)
+        checks.not_empty("q", q)
+        checks.not_empty("k", k)
     if paired:
-        checks.same_shape(q=q_ND, k=k_MD)
+        checks.same_shape(q=q, k=k)
     rule = prepare.rule(link, denominator, aggregate, margin, similarity, log_noise, log_weight)
     if direction == "both" and (paired or negatives is not None or own_negatives is not None):
         raise InputError(
@@ -177,10 +177,10 @@ def contrast(
     checks.one_of("direction", direction, ("one", "both"))
     if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
         raise InputError(f"block must be an integer >= 1, got {block!r}")
-    with full_precision(q_ND):
-        rows, columns, single = prepare.sides(q_ND, k_MD, (q_id, k_id), (q_view, k_view), positive, group)
+    with full_precision(q):
+        rows, columns, single = prepare.sides(q, k, (q_id, k_id), (q_view, k_view), positive, group)
         rule = replace(rule, single=single or (paired and positive is None))
-        dtype = torch.promote_types(widen(q_ND).dtype, widen(k_MD).dtype)
+        dtype = torch.promote_types(widen(q).dtype, widen(k).dtype)
         rows, columns, all_rows, all_columns = prepare.gathered(
             rows, columns, dtype, direction, paired, group
         )

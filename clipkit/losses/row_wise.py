@@ -20,9 +20,9 @@ from clipkit.losses.primitive import contrast
 
 
 def nce_loss(
-    query_ND: Tensor,
-    positive_ND: Tensor,
-    noise_NmD: Tensor,
+    query: Tensor,
+    positive: Tensor,
+    noise: Tensor,
     *,
     temperature: Scalar,
     log_z: Scalar,
@@ -33,9 +33,9 @@ def nce_loss(
         L = mean_i [ BCE(l_i0, 1) + Σ_{j=1…m} BCE(l_ij, 0) ],   l = cosine/τ − log Z − log(m / N_pop)
 
     Args:
-        query_ND: (N, D), floating.
-        positive_ND: (N, D).
-        noise_NmD: (N, m, D) samples drawn uniformly from the population; one may be the positive itself.
+        query: (N, D), floating.
+        positive: (N, D).
+        noise: (N, m, D) samples drawn uniformly from the population; one may be the positive itself.
         temperature: τ > 0.
         log_z: log Z of the model exp(cosine/τ) / Z over the population; number (fixed, or a running
             estimate) or tensor (learned).
@@ -52,20 +52,18 @@ def nce_loss(
         Learning via Non-Parametric Instance Discrimination", eq. 6-8, in logits instead of probabilities.
         Their code freezes Z at the first batch's estimate; here Z is the caller's.
     """
-    checks.same_shape(
-        query=checks.features("query", query_ND), positive=checks.features("positive", positive_ND)
-    )
-    m = checks.features("noise", noise_NmD, "NmD").shape[1]
+    checks.same_shape(query=checks.features("query", query), positive=checks.features("positive", positive))
+    m = checks.features("noise", noise, "NmD").shape[1]
     if m == 0:
-        raise InputError(f"noise {checks.describe(noise_NmD)} holds no samples")
+        raise InputError(f"noise {checks.describe(noise)} holds no samples")
     if isinstance(num_noise_population, bool) or not num_noise_population >= 1:
         raise InputError(f"num_noise_population must be >= 1, got {num_noise_population!r}")
-    inverse = checks.temperature(temperature, query_ND)
+    inverse = checks.temperature(temperature, query)
     return contrast(
-        query_ND,
-        positive_ND,
+        query,
+        positive,
         paired=True,
-        own_negatives=noise_NmD,
+        own_negatives=noise,
         scale=inverse,
         bias=-checks.scalar("log_z", log_z, inverse),
         log_noise=math.log(m / num_noise_population),
@@ -73,14 +71,14 @@ def nce_loss(
     ).loss
 
 
-def logistic_loss(u_ND: Tensor, v_ND: Tensor, negatives: Tensor, *, negative_weight: float = 1.0) -> Tensor:
+def logistic_loss(u: Tensor, v: Tensor, negatives: Tensor, *, negative_weight: float = 1.0) -> Tensor:
     """Skip-gram with negative sampling on inner products; rows are not normalised.
 
         L = mean_i [ −log σ(⟨u_i, v_i⟩) − Q Σ_n log σ(−⟨u_i, n⟩) ]
 
     Args:
-        u_ND: (N, D), floating.
-        v_ND: (N, D); row i belongs to row i of `u_ND`.
+        u: (N, D), floating.
+        v: (N, D); row i belongs to row i of `u`.
         negatives: (N, m, D) for each row, or (m, D) shared by all rows.
         negative_weight: Q ≥ 0.
 
@@ -95,15 +93,15 @@ def logistic_loss(u_ND: Tensor, v_ND: Tensor, negatives: Tensor, *, negative_wei
         2017, "Inductive Representation Learning on Large Graphs", eq. 1, whose code shares the negatives of
         a batch and sums over them; PyTorch Geometric's example takes the mean over all pairs instead.
     """
-    checks.same_shape(u=checks.features("u", u_ND), v=checks.features("v", v_ND))
+    checks.same_shape(u=checks.features("u", u), v=checks.features("v", v))
     if not isinstance(negatives, Tensor) or negatives.dim() not in (2, 3):
         raise InputError(f"negatives must be of shape (N, m, D) or (m, D), got {checks.describe(negatives)}")
     if not (math.isfinite(negative_weight) and negative_weight >= 0):
         raise InputError(f"negative_weight must be a finite number >= 0, got {negative_weight!r}")
     shared = negatives.dim() == 2
     return contrast(
-        u_ND,
-        v_ND,
+        u,
+        v,
         paired=True,
         negatives=negatives if shared else None,
         own_negatives=None if shared else negatives,
@@ -114,9 +112,9 @@ def logistic_loss(u_ND: Tensor, v_ND: Tensor, negatives: Tensor, *, negative_wei
 
 
 def triplet_loss(
-    anchor_ND: Tensor,
-    positive_ND: Tensor,
-    negative_ND: Tensor,
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
     *,
     margin: float,
     distance: Literal["euclidean", "cosine", "inner_product"] = "euclidean",
@@ -126,9 +124,9 @@ def triplet_loss(
         L = mean_i max(0, d(a_i, p_i) − d(a_i, n_i) + margin)
 
     Args:
-        anchor_ND: (N, D), floating; rows are not normalised ("cosine" does that itself).
-        positive_ND: (N, D).
-        negative_ND: (N, D).
+        anchor: (N, D), floating; rows are not normalised ("cosine" does that itself).
+        positive: (N, D).
+        negative: (N, D).
         margin: ≥ 0.
         distance: "euclidean" (not squared), "cosine" (1 − cosine) or "inner_product" (minus it).
 
@@ -143,31 +141,31 @@ def triplet_loss(
         `torch.nn.functional.triplet_margin_loss` adds 1e-6 to every coordinate difference; this does not.
     """
     checks.same_shape(
-        anchor=checks.features("anchor", anchor_ND),
-        positive=checks.features("positive", positive_ND),
-        negative=checks.features("negative", negative_ND),
+        anchor=checks.features("anchor", anchor),
+        positive=checks.features("positive", positive),
+        negative=checks.features("negative", negative),
     )
     checks.one_of("distance", distance, ("euclidean", "cosine", "inner_product"))
     return contrast(
-        anchor_ND,
-        positive_ND,
+        anchor,
+        positive,
         paired=True,
-        own_negatives=negative_ND[:, None],
+        own_negatives=negative[:, None],
         margin=margin,
         link="hinge",
         similarity=distance,
     ).loss
 
 
-def pair_loss(x1_ND: Tensor, x2_ND: Tensor, same_N: Tensor, *, margin: float) -> Tensor:
+def pair_loss(x1: Tensor, x2: Tensor, same: Tensor, *, margin: float) -> Tensor:
     """Pull pairs that are the same together, push the others apart up to a margin; not normalised.
 
         L = mean_i [ y d² + (1 − y) max(0, margin − d)² ],   d = ‖x1_i − x2_i‖₂,  y = 1 if the same
 
     Args:
-        x1_ND: (N, D), floating.
-        x2_ND: (N, D).
-        same_N: (N,) bool.
+        x1: (N, D), floating.
+        x2: (N, D).
+        same: (N,) bool.
         margin: ≥ 0.
 
     Returns:
@@ -181,30 +179,28 @@ def pair_loss(x1_ND: Tensor, x2_ND: Tensor, same_N: Tensor, *, margin: float) ->
         factor ½; pytorch-metric-learning's ContrastiveLoss does not square and averages only over the
         pairs with a loss.
     """
-    checks.same_shape(x1=checks.features("x1", x1_ND), x2=checks.features("x2", x2_ND))
-    if not isinstance(same_N, Tensor) or same_N.dtype != torch.bool or same_N.shape != x1_ND.shape[:1]:
-        raise InputError(
-            f"same must be a bool tensor of shape ({x1_ND.shape[0]},), got {checks.describe(same_N)}"
-        )
+    checks.same_shape(x1=checks.features("x1", x1), x2=checks.features("x2", x2))
+    if not isinstance(same, Tensor) or same.dtype != torch.bool or same.shape != x1.shape[:1]:
+        raise InputError(f"same must be a bool tensor of shape ({x1.shape[0]},), got {checks.describe(same)}")
     return contrast(
-        x1_ND,
-        x2_ND,
+        x1,
+        x2,
         paired=True,
-        positive=same_N[:, None],
+        positive=same[:, None],
         margin=margin,
         link="pair",
         similarity="euclidean",
     ).loss
 
 
-def alignment_loss(prediction_ND: Tensor, target_ND: Tensor) -> Tensor:
+def alignment_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Twice the cosine distance to a target that gets no gradient; no negatives.
 
         L = mean_i (2 − 2 cos(p_i, stop_gradient(t_i))) = mean_i ‖p̂_i − t̂_i‖²
 
     Args:
-        prediction_ND: (N, D), floating.
-        target_ND: (N, D); row i is the target of row i of `prediction_ND`.
+        prediction: (N, D), floating.
+        target: (N, D); row i is the target of row i of `prediction`.
 
     Returns:
         Scalar in [0, 4]. BYOL adds the two swapped directions; SimSiam is half of this, minus 1.
@@ -217,9 +213,9 @@ def alignment_loss(prediction_ND: Tensor, target_ND: Tensor) -> Tensor:
         Representation Learning", eq. 1.
     """
     checks.same_shape(
-        prediction=checks.features("prediction", prediction_ND), target=checks.features("target", target_ND)
+        prediction=checks.features("prediction", prediction), target=checks.features("target", target)
     )
-    return contrast(prediction_ND, target_ND.detach(), paired=True, link="align").loss
+    return contrast(prediction, target.detach(), paired=True, link="align").loss
 
 
 def mutual_information_bound(loss: Scalar, num_candidates: float | Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def webp(image: Image.Image) -> bytes:
 def _renderer() -> Callable[[str], Image.Image | None]:
     """A function from an emoji to its picture (RGBA, square), or None where it is not one bitmap glyph."""
     try:
-        import uharfbuzz
+        uharfbuzz = import_module("uharfbuzz")
     except ImportError as error:
         raise DependencyError("uharfbuzz is missing", hint="pip install 'clipkit[emoji]'") from error
     font = uharfbuzz.Font(uharfbuzz.Face(uharfbuzz.Blob.from_file_path(str(FONT))))

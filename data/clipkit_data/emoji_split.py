@@ -11,11 +11,11 @@ from collections.abc import Iterable
 HELDOUT = 500
 LEAST = 2
 RULE = (
-    "Names of the form 'base: modifier, modifier', flags and keycaps aside, are combinations. Their parts are "
-    "the modifiers, and the base or, where the base begins with man, woman, men, women, person or people and "
-    "has more words, that word and the rest. In the order of the SHA-256 of the name, a combination is held "
-    f"out if each of its parts, and its base, stays in at least {LEAST} names that are not held out, until "
-    f"{HELDOUT} are."
+    "Names of the form 'base: modifier, modifier', flags and keycaps aside, are combinations. Their parts "
+    "are the modifiers, and the base or, where the base begins with man, woman, men, women, person or people "
+    "and has more words, that word and the rest. In the order of the SHA-256 of the name, a combination is "
+    f"held out if each of its parts, and its base, stays in at least {LEAST} names that are not held out, "
+    f"until {HELDOUT} are."
 )
 _PEOPLE = ("man", "woman", "men", "women", "person", "people")
 _NOT_COMBINATIONS = ("flag", "keycap")

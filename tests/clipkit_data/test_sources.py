@@ -59,6 +59,16 @@ def test_unknown_shards(shards: Path, tmp_path: Path) -> None:
         resolve_shards("sample:birds")
 
 
+def test_samples_that_ship() -> None:
+    both = resolve_shards("sample:emoji/{train,heldout}")
+    assert both == resolve_shards("sample:emoji/train") + resolve_shards("sample:emoji/heldout")
+    assert sorted(both) == sorted(resolve_shards("sample:emoji"))
+    dataset = open_source("sample:emoji/heldout")
+    assert isinstance(dataset, ShardDataset)
+    assert not dataset.faults
+    assert {dataset[position].meta["split"] for position in range(len(dataset))} == {"heldout"}
+
+
 def test_folder_takes_captions_beside_pictures_or_from_names(photos: Path) -> None:
     found = {record.key: record for record in records(photos)}
     assert {key: record.caption for key, record in found.items()} == {

@@ -6,19 +6,25 @@ import pytest
 
 from clipkit.config import dump_yaml
 from clipkit.errors import ConfigError, NotFoundError
+from clipkit.text import build_tokenizer
 from clipkit_training.recipe import load_recipe, recipe_names
+from clipkit_training.steps import STEPS
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_are_valid(name: str) -> None:
-    assert load_recipe(name).data.train.startswith("sample:")
+    recipe = load_recipe(name)
+    build_tokenizer(recipe.model.tokenizer)
+    assert STEPS.get(recipe.step)
 
 
 def test_default_then_recipe_then_command_line(tiny_recipe: Path) -> None:
     plain = load_recipe(str(tiny_recipe))
     assert plain.optim.beta1 == 0.9, "a default"
     assert plain.optim.lr == 0.003, "the recipe beats the default"
-    changed = load_recipe(str(tiny_recipe), ["--optim.lr", "1e-4", "--data.train", "elsewhere", "--max-minutes", "2"])
+    changed = load_recipe(
+        str(tiny_recipe), ["--optim.lr", "1e-4", "--data.train", "elsewhere", "--max-minutes", "2"]
+    )
     assert changed.optim.lr == 1e-4, "the command line beats the recipe"
     assert (changed.data.train, changed.max_minutes) == ("elsewhere", 2)
     assert changed.model == plain.model

@@ -108,7 +108,9 @@ def test_resuming_refuses_other_shards(tiny_recipe: Path, shape_shards: Path, tm
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
-    wild = recipe_of(tiny_recipe, "--optim.lr", "1e30", "--optim.clip-norm", "None", "--optim.warmup-steps", "0")
+    wild = recipe_of(
+        tiny_recipe, "--optim.lr", "1e30", "--optim.clip-norm", "None", "--optim.warmup-steps", "0"
+    )
     with pytest.raises(ClipkitError, match=r"the loss is .* at step \d"):
         train_recipe(wild, tmp_path / "run", ALONE)
     assert not (tmp_path / "run/model").exists()

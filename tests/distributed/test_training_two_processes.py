@@ -35,7 +35,9 @@ def test_loss_and_gradients_equal_one_process(tiny_recipe: Path, tmp_path: Path,
     assert set(expected) == set(actual)
     assert any("log_scale" in name for name in expected)
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_torchrun_trains_the_same_model(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -31,8 +31,10 @@ def main(recipe_path: str, out: str) -> None:
         loss, metrics = trainer.parallel(batch.images, batch.ids)
         loss.backward()
         if world.main:
-            gradients = {f"gradient.{name}": p.grad for name, p in trainer.model.named_parameters()}
-            assert all(gradient is not None for gradient in gradients.values())
+            gradients = {}
+            for name, parameter in trainer.model.named_parameters():
+                assert parameter.grad is not None, name
+                gradients[f"gradient.{name}"] = parameter.grad
             save_file({**gradients, "loss": metrics["loss"].detach()}, out)
 
 

@@ -23,7 +23,7 @@ from clipkit_training.run import train_recipe
 from clipkit_training.world import world_from_environment
 
 RECIPE = "clip-emoji"
-TRAIN, HELDOUT = "sample:emoji/train", "sample:emoji/heldout"
+TRAIN, HELDOUT, EVERYTHING = "sample:emoji/train", "sample:emoji/heldout", "sample:emoji"
 STAMP, RESULT = "demo.json", "result.json"
 PARTS = ("run", "model", "embeddings", "index")
 
@@ -62,11 +62,11 @@ def run_demo(
     if address:
         check_address(*address)
     started = time.monotonic()
+    recipe = load_recipe(RECIPE, changes={"max_minutes": minutes, "seed": seed})
     settings = {"recipe": RECIPE, "minutes": minutes, "seed": seed}
     if finished := _prepare(out, settings):
         _say(f"{out} holds this demo already; remove the folder to train again")
         return finished
-    recipe = load_recipe(RECIPE, changes={"max_minutes": minutes, "seed": seed})
     _say(f"training {RECIPE} for {minutes:g} minutes")
     with world_from_environment(recipe.device) as world:
         trained = train_recipe(recipe, out / "run", world, model_folder=out / "model")
@@ -74,7 +74,7 @@ def run_demo(
     with progress("evaluating") as bar:
         figures = evaluate_model(model, [HELDOUT, TRAIN], advance=bar.advance)
     with progress("embedding") as bar:
-        embed(model, [TRAIN, HELDOUT], out / "embeddings", progress=bar.advance)
+        embed(model, EVERYTHING, out / "embeddings", progress=bar.advance)
     with progress("indexing") as bar:
         build_index(out / "embeddings", out / "index", progress=bar.advance)
     untrained = figures.pop("untrained")

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -45,6 +46,9 @@ class Budget:
     max_seconds: float | None
     spent_before: float
     started: float
+    reserve: float = 0.0
+    """Seconds that the slowest step so far took, its evaluation and checkpoint included: the last step must
+    fit into the budget."""
 
     def seconds(self) -> float:
         """Seconds of training so far, those before a resume included."""
@@ -53,7 +57,7 @@ class Budget:
     def progress(self, step: int) -> float:
         """The share of the budget spent after `step` steps."""
         by_steps = step / self.max_steps if self.max_steps else 0.0
-        by_time = self.seconds() / self.max_seconds if self.max_seconds else 0.0
+        by_time = (self.seconds() + self.reserve) / self.max_seconds if self.max_seconds else 0.0
         return min(1.0, max(by_steps, by_time))
 
 
@@ -141,15 +145,25 @@ class Trainer:
             atomic_write(self.run / f"faults-{self.world.rank}.jsonl", "\n".join(lines) + "\n")
 
     def _steps(self, batches: Iterator[Batch], budget: Budget, log: RunLog | None) -> None:
+        first = self.step
         done = self.world.agree(budget.progress(self.step))
         evaluated = math.floor(done * self.recipe.evaluations)
         saved = math.floor(done * self.recipe.checkpoints)
         while done < 1:
-            record = self._one_step(next(batches), done)
+            started = budget.seconds()
+            batch = next(batches)
+            loaded = budget.seconds()
+            record = self._one_step(batch, done)
+            stepped = budget.seconds()
             self.step += 1
             done = self.world.agree(budget.progress(self.step))
             if log:
-                log.step(self.step, done, record | {"seconds": round(budget.seconds(), 3)})
+                record |= {
+                    "samples_per_second": round(self.recipe.data.batch_size / (stepped - started), 1),
+                    "loading": round((loaded - started) / (stepped - started), 3),
+                    "seconds": round(stepped, 3),
+                }
+                log.step(self.step, done, record)
             if (due := math.floor(done * self.recipe.evaluations)) > evaluated:
                 evaluated = due
                 if log and self.heldout:
@@ -158,15 +172,16 @@ class Trainer:
             if (due := math.floor(done * self.recipe.checkpoints)) > saved:
                 saved = due
                 self._save(budget)
+            if self.step > first + 1:  # the first step also starts the loader
+                budget.reserve = max(budget.reserve, budget.seconds() - started)
 
     def _one_step(self, batch: Batch, done: float) -> dict[str, float]:
-        started = time.monotonic()
         recipe = self.recipe
         batch = batch.to(self.world.device)
         rate = learning_rate(recipe.optim, self.step, done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(hash((recipe.seed, self.step, self.world.rank)))
+        torch.manual_seed(_seed_of(recipe.seed, self.step, self.world.rank))
         self.parallel.train()
         with autocast(self.precision, self.world.device):
             loss, metrics = self.parallel(batch.images, batch.ids)
@@ -183,14 +198,12 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.clamp_scale_()
-        seconds = time.monotonic() - started
         return {
             **{name: round(float(value), 6) for name, value in metrics.items()},
             "lr": rate,
             "grad_norm": norm.item(),
             "scale": self.model.log_scale.exp().item(),
             "epoch": batch.epoch,
-            "samples_per_second": round(recipe.data.batch_size / max(seconds, 1e-9), 1),
         }
 
     def _max_steps(self) -> int | None:
@@ -212,3 +225,8 @@ class Trainer:
             }
             save_checkpoint(self.run, self.step, self.model, self.optimizer, state)
         self.world.barrier()
+
+
+def _seed_of(*key: int) -> int:
+    """A seed for torch that depends on every number of the key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
