@@ -3,8 +3,8 @@
 `decode_image` is the one door through which a picture enters: a short list of formats, limits that are
 checked before any pixel is decoded, a full decode, and an upright RGB picture at the end or an `ImageError`
 that says why not. `Preprocess` is what a model wants to see (size, resize rule, mean, standard deviation);
-it is part of the model, since other pixels give other embeddings. Resizing runs on Pillow pictures, as the
-models' own training did, and stays uint8; the normalisation to float runs wherever the model runs.
+it is part of the model, since other pixels give other embeddings. Resizing is Pillow's, as in the models' own
+training, and stays uint8; the normalisation to float runs wherever the model runs.
 
 Shapes: N pictures, H height, W width, S model's picture size.
 """
@@ -19,7 +19,6 @@ from annotated_types import Gt
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, model_validator
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from clipkit.config import Config
 from clipkit.errors import ImageError, InputError, NotFoundError
@@ -65,6 +64,7 @@ def decode_image(
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     name: str = "image",
+    alpha: bool = False,
 ) -> Image.Image:
     """An upright RGB picture, fully decoded.
 
@@ -77,9 +77,10 @@ def decode_image(
         max_pixels: Largest width × height, checked before decoding.
         max_bytes: Largest encoded size.
         name: What to call the picture in messages.
+        alpha: Keep transparency where there is any; `over_white` lays such a picture over white.
 
     Returns:
-        A Pillow picture of mode RGB.
+        A Pillow picture of mode RGB; with `alpha`, RGBA where the picture has transparency.
 
     Raises:
         ImageError: With `reason` "empty", "too_large" (bytes or pixels), "format" (none of the five, or an
@@ -88,7 +89,7 @@ def decode_image(
     """
     if isinstance(data, Image.Image):
         _check_pixels(data.size, max_pixels, name)
-        return _decoded(data, name)
+        return _decoded(data, name, alpha)
     if isinstance(data, np.ndarray):
         return _from_array(data, max_pixels, name)
     if isinstance(data, str | Path):
@@ -109,7 +110,7 @@ def decode_image(
     except Exception as error:  # Pillow's parsers raise many kinds on hostile headers
         raise ImageError(f"{name} cannot be decoded: {error}", "undecodable") from error
     _check_pixels(image.size, max_pixels, name)
-    return _decoded(image, name)
+    return _decoded(image, name, alpha)
 
 
 def _read(path: Path, max_bytes: int, name: str) -> bytes:
@@ -153,8 +154,8 @@ def _from_array(array: np.ndarray, max_pixels: int, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _decoded(image: Image.Image, name: str) -> Image.Image:
-    """Decode every pixel of the first frame and bring it to upright RGB."""
+def _decoded(image: Image.Image, name: str, alpha: bool) -> Image.Image:
+    """Decode every pixel of the first frame and bring it to upright RGB, or RGBA if that is wanted."""
     try:
         image.load()
         upright = _upright(image)
@@ -162,11 +163,18 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
             return Image.fromarray(_grey16_to_8(np.asarray(upright))).convert("RGB")
         if upright.has_transparency_data:
             rgba = upright.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, rgba).convert("RGB")
+            return rgba if alpha else over_white(rgba)
         return upright if upright.mode == "RGB" else upright.convert("RGB")
     except Exception as error:  # a decoder's failure of any kind means the same to the sender
         raise ImageError(f"{name} cannot be decoded: {error}", "undecodable") from error
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """A picture as RGB: what is transparent shows white."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -211,17 +219,16 @@ class Preprocess(Config):
 
     def uint8(self, image: Image.Image) -> Tensor:
         """One RGB picture as uint8 (3, S, S): resized and cropped, not normalised."""
-        mode = transforms.InterpolationMode(self.interpolation)
+        filter_ = Image.Resampling[self.interpolation.upper()]
+        side = self.size
         if self.resize == "squash":
-            size = [self.size, self.size]
-        else:
-            size = [self.resize_size or self.size]
-            image = _without_ends(image)
-        picture: Any = image  # torchvision's signatures name only tensors
-        resized = transforms.resize(picture, size, interpolation=mode, antialias=True)
-        if self.resize == "shortest":
-            resized = transforms.center_crop(resized, [self.size, self.size])
-        return transforms.pil_to_tensor(resized)
+            return _tensor(image.resize((side, side), filter_))
+        image = _without_ends(image)
+        target, short = self.resize_size or side, min(image.size)
+        width, height = (target if length == short else int(target * length / short) for length in image.size)
+        resized = image.resize((width, height), filter_)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        return _tensor(resized.crop((left, top, left + side, top + side)))
 
     def normalize(self, pixels_NCSS: Tensor) -> Tensor:
         """uint8 (N, 3, S, S) as normalised float32 (N, 3, S, S), on the same device."""
@@ -238,6 +245,11 @@ class Preprocess(Config):
         if not images:
             return torch.empty(0, 3, self.size, self.size)
         return self.normalize(torch.stack([self.uint8(image) for image in images]))
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    """A picture's pixels as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _without_ends(image: Image.Image) -> Image.Image:

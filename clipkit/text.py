@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -126,14 +127,27 @@ class ClipTokenizer:
 @lru_cache(maxsize=8)
 def _simple_tokenizer(context_length: int, clean: Clean, reduction_mask: str) -> Any:
     """open_clip's tokenizer; shared, since its vocabulary takes a while to read and some memory."""
-    from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
-
-    tokenizer: Any = SimpleTokenizer(
+    module = _open_clip_tokenizers()
+    tokenizer: Any = module.SimpleTokenizer(
         context_length=context_length, clean=clean, reduction_mask=reduction_mask
     )
     limit = context_length * _MAX_TOKEN_CHARACTERS
-    tokenizer.clean_fn = partial(_clean_start, get_clean_fn(clean), limit)
+    tokenizer.clean_fn = partial(_clean_start, module.get_clean_fn(clean), limit)
     return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _open_clip_tokenizers() -> Any:
+    """open_clip's module of tokenizers, without the package around it: that imports every model there is."""
+    package = find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise DependencyError("open_clip is missing", hint="pip install open_clip_torch")
+    spec = spec_from_file_location("_open_clip_tokenizer", Path(package.origin).with_name("tokenizer.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _clean_start(clean: Callable[[str], str], limit: int, text: str) -> str:

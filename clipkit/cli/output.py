@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 
 def complain(message: str, hint: str | None = None, *, code: int) -> int:
@@ -63,6 +64,16 @@ class Task:
         self._progress.update(self._task, completed=completed, total=total, text=text)
 
 
+class _Bars(Progress):
+    """Bars with each one's words on a line below, so that both fit on a narrow terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["text"]:
+                yield Text(f"  {task.fields['text']}", overflow="ellipsis", no_wrap=True)
+
+
 @contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[Task]:
     """A progress bar on stderr; silent when stderr is no terminal."""
@@ -73,7 +84,6 @@ def progress(description: str, total: float | None = None) -> Iterator[Task]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with _Bars(*columns, console=console, disable=not console.is_terminal) as bar:
         yield Task(bar, description, total)

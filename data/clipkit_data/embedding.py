@@ -25,7 +25,7 @@ from torch import Tensor
 
 from clipkit.errors import ArtifactError, ConfigError, DataError, ImageError, MismatchError
 from clipkit.files import MANIFEST, atomic_write, read_manifest, sha256_file, write_manifest
-from clipkit.images import Preprocess, decode_image
+from clipkit.images import Preprocess, decode_image, over_white
 from clipkit.models import DualEncoder, load_model
 from clipkit_data.metadata import metadata_table, table_bytes, thumbnails_table
 from clipkit_data.records import Record, RecordError, RecordSource, SampleFault, group_faults
@@ -63,14 +63,14 @@ class _Decoder:
             key = self.source.key(position)
             try:
                 record = self.source[position]
-                image = decode_image(record.image, name=key)
+                image = decode_image(record.image, name=key, alpha=True)
             except ImageError as error:
                 rows.faults.append(SampleFault(position, key, picture_reason(error), error.message))
                 continue
             except RecordError as error:
                 rows.faults.append(SampleFault(position, key, error.reason, error.message))
                 continue
-            images.append(self.preprocess.uint8(image))
+            images.append(self.preprocess.uint8(over_white(image)))
             rows.positions.append(position)
             rows.records.append(Record(record.id, record.key, b"", record.caption, record.meta))
             if self.thumbnail_size:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipkit.errors import ArtifactError, ClipkitError, NotFoundError
+from clipkit.errors import ArtifactError, ClipkitError, ConfigError, NotFoundError
 from clipkit.models import load_model
 from clipkit_training.checkpoint import COMMIT, newest_checkpoint
 from clipkit_training.evaluate import evaluate_model
@@ -60,6 +60,36 @@ def test_seen_and_heldout_are_told_apart(tiny_recipe: Path, tmp_path: Path) -> N
     assert set(figures["untrained"]) == {"seen", "heldout"}
 
 
+def test_one_folder_of_both_kinds_is_told_apart(
+    tiny_recipe: Path, shape_shards: Path, tmp_path: Path
+) -> None:
+    train_recipe(recipe_of(tiny_recipe), tmp_path / "run", ALONE)
+    mixed = tmp_path / "mixed"
+    for split in ("train", "heldout"):
+        shutil.copytree(shape_shards / split, mixed / split)
+    sources = [str(path) for path in sorted(mixed.rglob("*.tar"))]
+    figures = evaluate_model(
+        str(tmp_path / "run/model"), sources, gallery=[str(mixed / "train")], untrained=False
+    )
+    assert (figures["seen"]["queries"], figures["heldout"]["queries"]) == (72, 24)
+    assert figures["seen"]["gallery"] == 96, "no picture twice"
+
+
+def test_damaged_evaluation_samples_are_counted(
+    tiny_recipe: Path, shape_shards: Path, tmp_path: Path
+) -> None:
+    train_recipe(recipe_of(tiny_recipe), tmp_path / "run", ALONE)
+    shards = tmp_path / "damaged"
+    shutil.copytree(shape_shards / "heldout", shards)
+    data = bytearray((shards / "00000.tar").read_bytes())
+    start = data.index(b"IDAT") + 8
+    data[start : start + 8] = bytes(8)
+    (shards / "00000.tar").write_bytes(data)
+    figures = evaluate_model(str(tmp_path / "run/model"), [str(shards)], untrained=False)["heldout"]
+    assert figures["queries"] == 23
+    assert sum(figures["faults"].values()) == 1
+
+
 def test_resuming_is_bit_equal(tiny_recipe: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_recipe(recipe_of(tiny_recipe), whole, ALONE)
@@ -97,6 +127,46 @@ def test_a_run_is_never_overwritten(tiny_recipe: Path, tmp_path: Path) -> None:
     train_recipe(recipe_of(tiny_recipe), run, ALONE)
     with pytest.raises(ArtifactError, match="already holds a run"):
         train_recipe(recipe_of(tiny_recipe), run, ALONE)
+
+
+def test_only_a_model_is_replaced_by_a_model(tiny_recipe: Path, tmp_path: Path) -> None:
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    train_recipe(recipe_of(tiny_recipe), run, ALONE)
+    precious.mkdir()
+    (precious / "letter.txt").write_text("dear")
+    with pytest.raises(ArtifactError, match="already exists"):
+        train_recipe(recipe_of(tiny_recipe), tmp_path / "other", ALONE, model_folder=precious)
+    with pytest.raises(ArtifactError, match="no model folder"):
+        train_recipe(recipe_of(tiny_recipe), run, ALONE, resume=True, model_folder=precious)
+    assert (precious / "letter.txt").read_text() == "dear"
+    assert not (tmp_path / "other").exists(), "refused before training"
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        (("--optim.lr", "0.1"), "optim.lr"),
+        (("--data.batch-size", "12"), "data.batch_size"),
+        (("--seed", "9"), "seed"),
+    ],
+)
+def test_resuming_refuses_another_recipe(
+    tiny_recipe: Path, tmp_path: Path, override: tuple[str, ...], field: str
+) -> None:
+    run = tmp_path / "run"
+    train_recipe(recipe_of(tiny_recipe), run, ALONE)
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=f"other values of {field}"):
+        train_recipe(recipe_of(tiny_recipe, *override), run, ALONE, resume=True)
+    assert (run / "config.yaml").read_text() == before
+    more = train_recipe(recipe_of(tiny_recipe, "--max-steps", "8"), run, ALONE, resume=True)
+    assert more["steps"] == 8, "a larger budget is welcome"
+
+
+def test_a_failed_start_leaves_no_run(tiny_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClipkitError):
+        train_recipe(recipe_of(tiny_recipe, "--data.train", "nowhere"), tmp_path / "run", ALONE)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_refuses_other_shards(tiny_recipe: Path, shape_shards: Path, tmp_path: Path) -> None:

@@ -73,6 +73,14 @@ def test_a_port_in_use_is_said_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("option", "value"), [("--port", "70000"), ("--port", "-1"), ("--seed", "-1")])
+def test_numbers_out_of_range(option: str, value: str, tmp_path: Path) -> None:
+    done = clipkit("demo", "--out", "out", f"{option}={value}", cwd=tmp_path, code=2)
+    assert option.strip("-") in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
 def test_a_budget_must_be_above_zero(minutes: str, tmp_path: Path) -> None:
     done = clipkit("demo", "--out", "out", "--minutes", minutes, "--no-serve", cwd=tmp_path, code=2)

@@ -40,7 +40,8 @@ def save_checkpoint(
         atomic_write(temporary / "state.json", json.dumps(state, indent=2))
         digests = {item.name: sha256_file(item) for item in sorted(temporary.iterdir())}
         atomic_write(temporary / COMMIT, json.dumps({"step": step, "files": digests}, indent=2))
-    for old in sorted((run / "checkpoints").glob("step_*"))[:-KEEP]:
+    earlier = [other for other in sorted((run / "checkpoints").glob("step_*")) if other.name <= folder.name]
+    for old in earlier[:-KEEP]:
         shutil.rmtree(old)
     return folder
 
@@ -101,4 +102,4 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
         parameter = parameters[int(index)]
         if tensor.ndim and tensor.shape != parameter.shape:
             raise ValueError(f"optimizer state {name} has shape {tuple(tensor.shape)}")
-        optimizer.state[parameter][key] = tensor.to(parameter.device) if tensor.ndim else tensor.clone()
+        optimizer.state[parameter][key] = tensor.to(parameter.device)

@@ -29,8 +29,9 @@ def _train(args: argparse.Namespace) -> int | None:
     if args.options:
         load_recipe(args.recipe, ["--help"])
     recipe = load_recipe(args.recipe, args.rest)
-    run = args.run or Path("runs") / f"{Path(args.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     with world_from_environment(recipe.device) as world:
+        now = time.localtime(world.agree(int(time.time())))
+        run = args.run or Path("runs") / f"{Path(args.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S', now)}"
         result = train_recipe(recipe, run, world, resume=args.resume, model_folder=args.model)
         if world.main:
             if args.json:
@@ -70,7 +71,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--untrained",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also judge the same model before training (model folders only)",
+        help="also judge the model with random weights (models trained here only)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.cli.output import progress
-from clipkit.errors import ArtifactError, PortInUseError
+from clipkit.errors import ArtifactError, ConfigError, PortInUseError
 from clipkit.files import atomic_write, read_manifest
 from clipkit.index import build_index
 from clipkit_data.embedding import embed
@@ -29,14 +29,17 @@ PARTS = ("run", "model", "embeddings", "index")
 
 
 def check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be served on. Raises: PortInUseError."""
+    """Refuse an address that cannot be served on. Raises: ConfigError; PortInUseError."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port {port}: a port is a number from 0 to 65535")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise PortInUseError(
-                f"cannot serve on {host}:{port}: {error.strerror or error}", hint="choose another with --port"
+                f"cannot serve on {host}:{port}: {error.strerror or error}",
+                hint="choose another --port, or stop what is using it",
             ) from error
 
 

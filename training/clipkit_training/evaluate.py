@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipkit.errors import DataError
 from clipkit.files import read_manifest
 from clipkit.losses import clip_loss, siglip_loss
 from clipkit.metrics import retrieval_recall
 from clipkit.models import DualEncoder, build_model, load_model
-from clipkit.zero_shot import ZeroShotClassifier
+from clipkit.zero_shot import MAX_LABELS, ZeroShotClassifier
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.pairs import EvalBatches, Pairs
-from clipkit_data.records import Record
+from clipkit_data.records import Record, group_faults
 from clipkit_data.sources import resolve_shards
 
 KS = (1, 5, 10)
@@ -33,11 +34,15 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded image-text pairs: `image_ND` and `text_ND` are L2-normalised float32 on the CPU."""
+    """Encoded image-text pairs: `image_ND` and `text_ND` are L2-normalised float32 on the CPU.
+
+    `faults` has a reason for each sample that was left out.
+    """
 
     image_ND: Tensor
     text_ND: Tensor
     records: list[Record]
+    faults: list[str]
 
     @classmethod
     def join(cls, parts: Sequence["Encoded"]) -> "Encoded":
@@ -46,6 +51,7 @@ class Encoded:
             torch.cat([part.image_ND for part in parts]),
             torch.cat([part.text_ND for part in parts]),
             [record for part in parts for record in part.records],
+            [reason for part in parts for reason in part.faults],
         )
 
     @property
@@ -67,15 +73,20 @@ def encode_pairs(
     """
     was_training = model.training
     model.eval()
-    images, texts, records = [torch.empty(0, model.dim)], [torch.empty(0, model.dim)], []
+    images, texts, records, faults, first = [], [], [], [], ""
     for batch in batches:
         if batch.records:
             images.append(model.encode_image(batch.images.to(model.device)).cpu())
             texts.append(model.encode_text(model.tokenize(batch.captions).to(model.device)).cpu())
             records += batch.records
         advance(len(batch.records) + len(batch.faults))
+        for fault in batch.faults:
+            faults.append(fault.reason)
+            first = first or fault.detail
     model.train(was_training)
-    return Encoded(torch.cat(images), torch.cat(texts), records)
+    if not records:
+        raise DataError(f"there is no pair to evaluate on{f'; the first: {first}' if first else ''}")
+    return Encoded(torch.cat(images), torch.cat(texts), records, faults)
 
 
 def retrieval(queries: Encoded, gallery: Encoded) -> dict[str, Any]:
@@ -114,16 +125,17 @@ def pair_loss(model: DualEncoder, pairs: Encoded, batch_size: int = 256) -> floa
 def zero_shot_accuracy(model: DualEncoder, pairs: Encoded, field: str) -> float | None:
     """Share of pictures whose best label among all values of a metadata field is their own.
 
-    Returns None when fewer than two values occur.
+    Returns None when fewer than two values occur, or more than a classifier takes.
     """
     values = {index: record.meta.get(field) for index, record in enumerate(pairs.records)}
-    known = {index: value for index, value in values.items() if isinstance(value, str) and value}
+    known = {index: value for index, value in values.items() if isinstance(value, str) and value.strip()}
     labels = list(dict.fromkeys(known.values()))
-    if len(labels) < 2:
+    if not 2 <= len(labels) <= MAX_LABELS:
         return None
     classifier = ZeroShotClassifier(model, labels, templates=("{}",))
     scores_NM = classifier.score(pairs.image_ND[list(known)].numpy())
-    truth_N = np.array([labels.index(value) for value in known.values()])
+    place = {label: number for number, label in enumerate(labels)}
+    truth_N = np.array([place[value] for value in known.values()])
     return round(float((np.argmax(scores_NM, axis=1) == truth_N).mean()), 4)
 
 
@@ -155,6 +167,8 @@ def report(
         result[name] = retrieval(pairs, everything) | {"loss": round(pair_loss(model, pairs), 4)}
         if zero_shot_field:
             result[name]["zero_shot"] = zero_shot_accuracy(model, pairs, zero_shot_field)
+        if pairs.faults:
+            result[name]["faults"] = group_faults(pairs.faults)
     return result
 
 
@@ -192,10 +206,11 @@ def evaluate_model(
 
     Args:
         name: A model folder or pretrained name.
-        data: Shards to query with. Those the model was trained on are reported as `seen`, all others as
+        data: Shards to query with. Each shard that the model was trained on counts as `seen`, all others as
             `heldout`.
         gallery: Shards that only widen the gallery.
-        untrained: Also report the model with the weights it had before training (model folders only).
+        untrained: Also report the same model with random weights from the run's seed (models that clipkit
+            trained only).
         zero_shot_field: Metadata field to measure zero-shot accuracy on.
         advance: Called with the number of pairs done.
 
@@ -205,18 +220,24 @@ def evaluate_model(
     """
     model = load_model(name)
     training = read_manifest(name, "model", verify=False).get("training", {}) if Path(name).is_dir() else {}
-    datasets = {path: ShardDataset(resolve_shards(path)) for path in (*data, *gallery)}
-    seen_shards = set(training.get("shards", ()))
-    sets: dict[str, Any] = {}
-    for path in dict.fromkeys(data):
-        split = "seen" if seen_shards & set(shard_digests(datasets[path])) else "heldout"
-        sets.setdefault(split, []).append(datasets[path])
-    others = [datasets[path] for path in dict.fromkeys(gallery) if path not in data]
+    queries, others = (_distinct(paths) for paths in (data, gallery))
+    trained_on = set(training.get("shards", ()))
+    sets: dict[str, list[ShardDataset]] = {}
+    for path in queries:
+        shard = ShardDataset([path])
+        split = "seen" if trained_on & set(shard_digests(shard)) else "heldout"
+        sets.setdefault(split, []).append(shard)
+    wider = [ShardDataset([path]) for path in others if path not in queries]
     models = {"": model}
     if untrained and training:
         models["untrained"] = build_model(model.config, seed=training["seed"])
     result: dict[str, Any] = {"model": name}
     for label, judged in models.items():
-        figures = report(judged, sets, others, zero_shot_field=zero_shot_field, advance=advance)
+        figures = report(judged, sets, wider, zero_shot_field=zero_shot_field, advance=advance)
         result |= {label: figures} if label else figures
     return result
+
+
+def _distinct(specs: Sequence[str]) -> list[Path]:
+    """The shards of several sources, each once."""
+    return list(dict.fromkeys(path.resolve() for spec in specs for path in resolve_shards(spec)))

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from clipkit.cli.output import Task, progress
+from clipkit.files import atomic_write
 
 
 class RunLog:
@@ -66,9 +67,18 @@ class RunLog:
         """Drop records of steps that a resumed run will take again."""
         if not self._path.is_file():
             return
-        rows = [line for line in self._path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in rows if json.loads(line)["step"] <= first_step]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [
+            line for line in self._path.read_text(encoding="utf-8").splitlines() if _upto(line, first_step)
+        ]
+        atomic_write(self._path, "".join(f"{line}\n" for line in kept))
+
+
+def _upto(line: str, step: int) -> bool:
+    """Whether a line is a whole record of a step up to `step`; a crash may have cut it."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

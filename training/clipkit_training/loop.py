@@ -27,6 +27,7 @@ from clipkit_data.captions import CaptionSampler
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.loader import Batch, TrainBatches
 from clipkit_data.pairs import EvalBatches, Pairs
+from clipkit_data.records import group_faults
 from clipkit_data.sources import resolve_shards
 from clipkit_training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from clipkit_training.evaluate import live_report
@@ -133,16 +134,25 @@ class Trainer:
             "pairs_per_second": round(taken / max(self.spent - before, 1e-9), 1),
             "precision": self.precision,
             "processes": world.size,
-            "faults": loader.fault_counts(),
+            "faults": self._faults(loader),
         }
-        self._keep_faults(loader)
         return result
 
-    def _keep_faults(self, loader: TrainBatches) -> None:
-        """List the samples that this rank replaced in `faults-RANK.jsonl`, if there were any."""
+    def _faults(self, loader: TrainBatches) -> dict[str, int]:
+        """Samples that could not be trained on, by reason, over all processes.
+
+        Those that this rank replaced while training are added to `faults-RANK.jsonl`; those that the shards'
+        index already left out are only counted: `clipkit shards check` lists them.
+        """
         if loader.faults:
-            lines = [json.dumps(asdict(fault), ensure_ascii=False) for fault in loader.faults]
-            atomic_write(self.run / f"faults-{self.world.rank}.jsonl", "\n".join(lines) + "\n")
+            path = self.run / f"faults-{self.world.rank}.jsonl"
+            before = path.read_text(encoding="utf-8") if path.is_file() else ""
+            lines = [json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in loader.faults]
+            atomic_write(path, before + "".join(line for line in lines if line not in before))
+        found = {(fault.key, fault.reason) for fault in loader.faults}
+        found |= {(str(fault.sample), fault.reason) for fault in self.data.faults}
+        everywhere = set().union(*self.world.gather(found))
+        return group_faults([reason for _, reason in sorted(everywhere)])
 
     def _steps(self, batches: Iterator[Batch], budget: Budget, log: RunLog | None) -> None:
         first = self.step

@@ -67,9 +67,9 @@ class Recipe(Config):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     max_epochs: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto is bf16 where the hardware multiplies in it, else fp32."""
+    """auto is bf16 where the hardware multiplies in it, else fp16 on a GPU and fp32 on a CPU."""
     device: str = "auto"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     evaluations: Annotated[int, Field(ge=0)] = 10
     """How many times recall is measured over the run."""
     zero_shot_field: str | None = None

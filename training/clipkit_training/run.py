@@ -5,12 +5,13 @@ metrics and the result. A folder that already holds a run is only ever resumed, 
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit.config import dump_yaml
-from clipkit.errors import ArtifactError, NotFoundError
-from clipkit.files import atomic_write
+from clipkit.config import dump_yaml, load_yaml, validate
+from clipkit.errors import ArtifactError, ConfigError, NotFoundError
+from clipkit.files import atomic_write, read_manifest
 from clipkit.models import save_model
 from clipkit_training.evaluate import shard_digests
 from clipkit_training.loop import Trainer
@@ -18,6 +19,11 @@ from clipkit_training.recipe import Recipe
 from clipkit_training.world import World
 
 CONFIG = "config.yaml"
+MAY_CHANGE = {
+    *("max_minutes", "max_steps", "max_epochs", "device", "evaluations", "checkpoints", "zero_shot_field"),
+    *("data.train", "data.heldout", "data.workers", "data.cache"),
+}
+"""What a resumed run may have otherwise than before. `data.train` may have moved: the shards are compared."""
 
 
 def train_recipe(
@@ -41,17 +47,17 @@ def train_recipe(
     """
     model_folder = model_folder or run / "model"
     world.barrier()
-    if resume and not (run / CONFIG).is_file():
-        raise NotFoundError(f"{run} holds no run to resume")
-    if not resume and (run / CONFIG).exists():
+    if resume:
+        _check_same_run(recipe, run)
+    elif (run / CONFIG).exists():
         raise ArtifactError(f"{run} already holds a run", hint="add --resume, or choose another --run")
-    world.barrier()
-    if world.main:
-        run.mkdir(parents=True, exist_ok=True)
-        atomic_write(run / CONFIG, dump_yaml(recipe))
+    _check_model_folder(model_folder, replace=resume)
     trainer = Trainer(recipe, run, world)
     if resume:
         trainer.resume()
+    world.barrier()
+    if world.main:
+        atomic_write(run / CONFIG, dump_yaml(recipe))
     result = trainer.train()
     if world.main:
         save_model(
@@ -70,3 +76,39 @@ def train_recipe(
         atomic_write(run / "result.json", json.dumps(result, indent=2) + "\n")
     world.barrier()
     return result
+
+
+def _check_same_run(recipe: Recipe, run: Path) -> None:
+    """Refuse to resume a run with a recipe that would have made another one.
+
+    Raises:
+        NotFoundError: There is no run in `run`.
+        ConfigError: Names the fields that differ and may not.
+    """
+    if not (run / CONFIG).is_file():
+        raise NotFoundError(f"{run} holds no run to resume")
+    saved = validate(Recipe, load_yaml(run / CONFIG), where=str(run / CONFIG))
+    old, new = (dict(_flat(item.model_dump(mode="json"))) for item in (saved, recipe))
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if refused := [name for name in changed if name not in MAY_CHANGE]:
+        raise ConfigError(
+            f"{run} was started with other values of {', '.join(refused)}",
+            hint=f"resume with {run / CONFIG}, or start a new run",
+        )
+
+
+def _check_model_folder(folder: Path, *, replace: bool) -> None:
+    """Refuse, before any training, a folder that the model may not go to. Raises: ArtifactError."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not replace:
+        raise ArtifactError(f"{folder} already exists", hint="choose another --model, or remove it")
+    read_manifest(folder, "model", verify=False)  # only a model is ever replaced by one
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, value

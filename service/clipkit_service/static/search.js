@@ -8,8 +8,8 @@ import { address, go } from "./router.js";
 const PAGE = 24;
 const MOST = 240;
 const EMOJI = {
-  en: ["woman firefighter: dark skin tone", "fruit", "flag", "cat with heart-eyes", "musical instrument", "snowy mountain"],
-  zh: ["女消防员: 较深肤色", "水果", "旗", "花痴的猫", "乐器", "雪山"],
+  en: ["woman firefighter: dark skin tone", "fruit", "flag", "cat with heart-eyes", "red apple", "police car"],
+  zh: ["女消防员: 较深肤色", "旗", "花痴的猫", "红苹果", "警车", "猫"],
 };
 // English in both languages: most pretrained models know no other.
 const GENERAL = ["a dog playing in the grass", "sunset over the sea", "people around a table", "a red car",
