@@ -18,7 +18,7 @@ demo: $(STAMP) ## train on the sample shards, index them, serve the page on 127.
 	$(BIN)/clipkit demo $(DEMO_FLAGS)
 
 test: $(STAMP) ## run all tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(PYTEST_FLAGS)
 
 check: $(STAMP) ## lint, format, types and import rules
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from clipkit.errors import DependencyError, NotFoundError
-from clipkit.files import atomic_folder, atomic_write
+from clipkit.files import atomic_folder, atomic_write, sha256_file
 from clipkit_data.emoji_split import RULE, parts_of, split_names
 from clipkit_data.writing import write_shards
 
@@ -30,6 +30,7 @@ FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 CLDR = Path("/usr/share/unicode/cldr/common")
 EMOJI_TEST = Path("/usr/share/unicode/emoji/emoji-test.txt")
 PACKAGES = {FONT: "fonts-noto-color-emoji", CLDR: "unicode-cldr-core", EMOJI_TEST: "unicode-data"}
+ANNOTATIONS = ("annotations", "annotationsDerived")
 SIDE = 136
 PER_SHARD = 1000
 _ROW = re.compile(r"(?P<codes>[0-9A-F ]+?)\s*; fully-qualified\s*# \S+ E[0-9.]+ (?P<name>.+)")
@@ -96,7 +97,7 @@ def write_emoji_shards(out: Path, *, progress: Callable[[int], Any] | None = Non
             )
             write_shards(samples, folder / split, per_shard=PER_SHARD)
         chosen = sorted((item.name, codes(item.text)) for item in emoji if item.name in heldout)
-        document = {"rule": RULE, "heldout": dict(chosen)}
+        document = {"rule": RULE, "inputs": input_digests(), "heldout": dict(chosen)}
         atomic_write(folder / "split.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     merged = sum(len(item.aliases) for item in emoji)
     return {"pictures": len(emoji), "heldout": len(chosen), "merged": merged, "out": str(out)}
@@ -135,6 +136,12 @@ def distinct_emoji(progress: Callable[[int], Any] | None = None) -> list[Emoji]:
     return list(found.values())
 
 
+def input_digests() -> dict[str, str]:
+    """SHA-256 of each file that the shards are made from: other versions of them give other shards."""
+    names = [CLDR / folder / f"{language}.xml" for folder in ANNOTATIONS for language in ("en", "zh")]
+    return {"/".join(path.parts[-2:]): sha256_file(path) for path in (FONT, EMOJI_TEST, *names)}
+
+
 def emoji_rows() -> Iterator[tuple[str, str, str, str]]:
     """Text, English name, group and subgroup of each fully qualified emoji, in Unicode's order.
 
@@ -155,7 +162,7 @@ def annotations(language: str) -> tuple[dict[str, str], dict[str, list[str]]]:
     """CLDR's names and keywords by emoji (without variation selectors)."""
     names: dict[str, str] = {}
     keywords: dict[str, list[str]] = {}
-    for folder in ("annotations", "annotationsDerived"):
+    for folder in ANNOTATIONS:
         for node in ET.parse(CLDR / folder / f"{language}.xml").iter("annotation"):
             text, words = node.attrib["cp"].replace("\ufe0f", ""), (node.text or "").strip()
             if node.get("type") == "tts":

@@ -85,7 +85,8 @@ def write_faults(path: Path, faults: list[SampleFault]) -> None:
     """One JSON object per fault, in the source's order; no file when there is none."""
     if faults:
         lines = [asdict(fault) for fault in sorted(faults, key=lambda fault: fault.position)]
-        atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        atomic_write(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _ahead(rows: RecordSource) -> Iterator[dict[str, Any] | SampleFault]:
@@ -125,6 +126,10 @@ def _checked(record: Record) -> dict[str, Any]:
         data, extension = buffer.getvalue(), "png"
     meta = {f"source_{name}" if name in _RESERVED else name: value for name, value in record.meta.items()}
     meta |= {"path": record.key, "caption": record.caption, "width": image.width, "height": image.height}
+    try:
+        json.dumps(meta, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # a file name in another encoding, half of a surrogate pair
+        raise RecordError(f"{record.key!r}: a name or text is not Unicode", "text is not Unicode") from error
     return {"image": data, "ext": extension, "caption": record.caption, "json": meta}
 
 

@@ -151,7 +151,11 @@ class FileSource:
         digest = hashlib.sha256()
         for row in self.rows:
             line = [row.key, _size(row.file), row.caption, row.meta]
-            digest.update(json.dumps(line, ensure_ascii=False, sort_keys=True, default=str).encode())
+            digest.update(
+                json.dumps(line, ensure_ascii=False, sort_keys=True, default=str).encode(
+                    "utf-8", "surrogatepass"
+                )
+            )
         return digest.hexdigest()
 
 
@@ -168,8 +172,11 @@ def _caption(row: Row) -> tuple[str | None, dict[str, Any]]:
     caption, meta = row.caption, row.meta
     if row.beside:
         text, data = row.file.with_suffix(".txt"), row.file.with_suffix(".json")
-        caption = parse_caption(text.read_bytes(), str(text)) if text.is_file() else caption
-        meta = parse_meta(data.read_bytes(), str(data)) if data.is_file() else meta
+        try:
+            caption = parse_caption(text.read_bytes(), str(text)) if text.is_file() else caption
+            meta = parse_meta(data.read_bytes(), str(data)) if data.is_file() else meta
+        except OSError as error:
+            raise RecordError(f"{error.filename}: {error.strerror}", "unreadable file") from error
     return caption, meta
 
 

@@ -8,7 +8,7 @@ and the SHA-256 in it tells when a tar has changed since.
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,25 @@ def _write_shard(samples: Iterable[dict[str, Any]], out: Path, name: str, digits
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:
-    """The rows' json as a table; values of mixed kinds in a column become JSON text."""
+    """The rows' json as a table; a column of mixed kinds or with objects becomes JSON text."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {}
     for name in names:
         values = [row.get(name) for row in rows]
+        texts = [json.dumps(value, ensure_ascii=False) for value in values]
         try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            columns[name] = pa.array([json.dumps(value, ensure_ascii=False) for value in values])
+            objects = any(isinstance(value, dict) for value in _flat(values))
+            columns[name] = pa.array(texts if objects else values)
+        except (pa.ArrowException, OverflowError):
+            columns[name] = pa.array(texts)
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
     return buffer.getvalue()
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list):
+            yield from _flat(value)
+        else:
+            yield value

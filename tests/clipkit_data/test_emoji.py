@@ -103,8 +103,11 @@ def test_the_command_writes_exactly_these_shards(tmp_path: Path) -> None:
     missing = [package for path, package in emoji.PACKAGES.items() if not path.exists()]
     if missing and "CI" not in os.environ:
         pytest.skip(f"needs Debian's packages {', '.join(missing)}")
-    emoji.write_emoji_shards(tmp_path / "emoji")
     shipped = resolve_shards("sample:emoji/train")[0].parents[1]
+    made_from = json.loads((shipped / "split.json").read_text())["inputs"]
+    if emoji.input_digests() != made_from:
+        pytest.skip("this machine's font or names are another version than the shards were made from")
+    emoji.write_emoji_shards(tmp_path / "emoji")
     for path in sorted((tmp_path / "emoji").rglob("*")):
         if path.is_file() and path.suffix != ".parquet":
             twin = shipped / path.relative_to(tmp_path / "emoji")

@@ -1,6 +1,7 @@
 """Packing a person's own pictures: nothing lost, nothing silent, and others can read the result."""
 
 import json
+import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -102,6 +103,18 @@ def test_every_kind_of_bad_row_is_counted_and_listed(
     assert len(listed) == sum(result["faults"].values())
     assert {"key": "cut.png", "reason": "picture undecodable"}.items() <= listed[0].items()
     assert check_shards(resolve_shards(tmp_path / "out")) == []
+
+
+def test_a_name_that_is_no_unicode_is_counted(photos: Path, tmp_path: Path) -> None:
+    odd = os.path.join(os.fsencode(photos), b"caf\xe9.png")
+    try:
+        Path(os.fsdecode(odd)).write_bytes((photos / "b.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system takes Unicode names only")
+    result = pack(photos, tmp_path / "out")
+    assert result["samples"] == 4
+    assert result["faults"] == {"text is not Unicode": 1}
+    assert "caf" in (tmp_path / "out/faults.jsonl").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_packed(photos: Path, tmp_path: Path, shards: Path) -> None:

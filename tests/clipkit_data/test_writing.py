@@ -17,7 +17,8 @@ from clipkit_data.writing import write_shards
 
 def samples(picture: Any, count: int) -> Iterator[dict[str, Any]]:
     for number in range(count):
-        meta = {"number": number, "mixed": "text" if number % 2 else number, "key": "not this"}
+        mixed = "text" if number % 2 else number
+        meta = {"number": number, "mixed": mixed, "huge": 2**70, "object": {}, "key": "not this"}
         yield {"image": picture(number), "ext": "png", "caption": f"caption {number} 图", "json": meta}
 
 
@@ -36,11 +37,15 @@ def test_layout(picture: Any, tmp_path: Path) -> None:
         "status": "success",
         "number": 3,
         "mixed": "text",
+        "huge": 2**70,
+        "object": {},
     }
     assert check_shards(shards) == []
     table = pq.read_table(tmp_path / "out/00001.parquet")
     assert table.column("number").to_pylist() == [3, 4, 5]
     assert table.column("mixed").to_pylist() == ['"text"', "4", '"text"']
+    assert table.column("huge").to_pylist() == [str(2**70)] * 3
+    assert table.column("object").to_pylist() == ["{}"] * 3
     stats = json.loads((tmp_path / "out/00002_stats.json").read_text())
     assert (stats["count"], stats["successes"]) == (1, 1)
     assert stats["sha256"] == sha256_file(shards[2])
