@@ -17,8 +17,8 @@ setup: $(STAMP) ## make .venv and install clipkit with all its tools
 demo: $(STAMP) ## train on the sample shards, index them, serve the page on 127.0.0.1:8000
 	$(BIN)/clipkit demo $(DEMO_FLAGS)
 
-test: $(STAMP) ## run all tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(PYTEST_FLAGS)
+test: $(STAMP) ## run all tests, one process with one thread per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(PYTEST_FLAGS)
 
 check: $(STAMP) ## lint, format, types and import rules
 	$(BIN)/ruff check .

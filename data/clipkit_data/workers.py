@@ -64,12 +64,13 @@ def in_workers(
             if isinstance(made, _Failure):
                 raise DataError(made.message, made.hint)
             yield made
-    except RuntimeError as error:
-        # torch notices a dead worker here, or raises from a signal handler wherever the program then is.
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        # torch notices a dead worker here (or in a signal handler, wherever the program then is), unless its
+        # half-sent message is read first.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"a process that reads the data ended unexpectedly: {error}",
+            f"a process that reads the data ended unexpectedly: {error or type(error).__name__}",
             hint="often for want of memory: use fewer workers",
         ) from error
 

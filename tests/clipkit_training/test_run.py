@@ -12,6 +12,7 @@ from clipkit.errors import ArtifactError, ClipkitError, ConfigError, NotFoundErr
 from clipkit.models import load_model
 from clipkit_training.checkpoint import COMMIT, newest_checkpoint
 from clipkit_training.evaluate import evaluate_model
+from clipkit_training.loop import Budget
 from clipkit_training.recipe import Recipe, load_recipe
 from clipkit_training.run import train_recipe
 from clipkit_training.world import World
@@ -190,7 +191,20 @@ def test_a_time_budget_ends_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_recipe, "--max-minutes", "0.02", "--max-steps", "100000")
     result = train_recipe(recipe, tmp_path / "run", ALONE)
     assert 0 < result["steps"] < 100000
-    assert rows(tmp_path / "run", "train")[-1]["lr"] < 0.003 / 2, "the cosine ends with the time"
+
+
+def test_progress_is_that_of_the_nearest_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("clipkit_training.loop.time.monotonic", lambda: now)
+    budget = Budget(max_steps=100, max_seconds=60, spent_before=10, started=now)
+    assert budget.progress(0) == pytest.approx(10 / 60)
+    assert budget.progress(50) == 0.5
+    now += 35
+    assert budget.seconds() == 45
+    assert budget.progress(50) == 0.75
+    budget.reserve = 15
+    assert budget.progress(50) == 1, "the next step may not fit"
+    assert Budget(None, 60, 0, now).progress(10**9) == 0
 
 
 def test_damaged_samples_are_replaced_and_reported(
