@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from clipkit_data.dataset import ShardDataset
+from clipkit_data.sources import resolve_shards
 from tests.e2e.support import CLIPKIT, Walk, wait_for_url
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +140,16 @@ def test_the_python_works(name: str, capsys: pytest.CaptureFixture[str]) -> None
     assert loss > 0
     assert 0 <= accuracy <= 1
     assert -1 <= negative <= 1
+
+
+def test_the_held_out_example_is_held_out() -> None:
+    dataset = ShardDataset(resolve_shards("sample:emoji/heldout"))
+    metas = [dataset[position].meta for position in range(len(dataset))]
+    dataset.close()
+    for name, field in zip(READMES, ("name", "name_zh"), strict=True):
+        quoted = re.findall(r"“([^”]+: [^”]+)”", (ROOT / name).read_text(encoding="utf-8"))
+        assert quoted, name
+        assert set(quoted) <= {meta[field] for meta in metas}, name
 
 
 @pytest.mark.parametrize("name", READMES)
