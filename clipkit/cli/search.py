@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from clipkit.cli import Command
 from clipkit.cli.output import print_json, print_table
 from clipkit.errors import ClipkitError, InputError
+from clipkit.files import read_manifest
 
 if TYPE_CHECKING:
     from clipkit.embedder import Embedder
@@ -68,9 +69,10 @@ def _embedder(index: "Index", name: str | None, device: str | None) -> "Embedder
         name = index.manifest["model"].get("name")
         if not name:
             raise InputError(f"the index {index.path} does not name its model", hint="pass --model MODEL")
-        # A model folder that was moved together with its index is still beside it.
+        # A model folder that was moved together with its index is still beside it, whatever else now has
+        # its old name.
         beside = index.path.resolve().parent / Path(name).name
-        if ":" not in name and not Path(name).exists() and beside.is_dir():
+        if ":" not in name and not _is_model(Path(name), index) and _is_model(beside, index):
             name = str(beside)
     try:
         embedder = Embedder(name, device=device)
@@ -82,6 +84,14 @@ def _embedder(index: "Index", name: str | None, device: str | None) -> "Embedder
         raise
     index.check_model(embedder.model)
     return embedder
+
+
+def _is_model(folder: Path, index: "Index") -> bool:
+    """Whether a folder says that it is the model the index was made with."""
+    try:
+        return read_manifest(folder, "model", verify=False).get("fingerprint") == index.model_fingerprint
+    except ClipkitError:
+        return False
 
 
 def title(metadata: dict[str, Any]) -> str:

@@ -45,7 +45,14 @@ def test_table(world, clipkit) -> None:
     assert lines[1].rstrip().endswith("picture number 2")
 
 
-def test_a_model_that_moved_with_its_index(world, clipkit, tmp_path: Path, write_embeddings) -> None:
+def test_a_model_that_moved_with_its_index(
+    world,
+    clipkit,
+    tmp_path: Path,
+    write_embeddings,
+    small_models: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The name in the manifest is stale, but the folder of that name beside the index is the model."""
     from clipkit.index import build_index
 
@@ -54,7 +61,11 @@ def test_a_model_that_moved_with_its_index(world, clipkit, tmp_path: Path, write
     described = {"fingerprint": load_model(str(world.model)).fingerprint, "name": "demo/model"}
     vectors = Index.open(world.index).vectors(range(12))
     index = build_index(write_embeddings(tmp_path / "e2", vectors, model=described), moved / "index")
+    monkeypatch.chdir(tmp_path)
     assert clipkit("search", index, "x", "--json").code == 0
+    shutil.copytree(small_models[1], tmp_path / "demo/model")
+    assert clipkit("search", index, "x", "--json").code == 0, "another model now has the old name"
+    shutil.rmtree(tmp_path / "demo")
     (moved / "model").rename(moved / "elsewhere")
     lost = clipkit("search", index, "x", "--json")
     assert lost.code == 2
