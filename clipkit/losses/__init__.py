@@ -2,7 +2,8 @@
 
 from clipkit.losses import similarity
 from clipkit.losses.in_batch import clip_loss, info_nce_loss, nt_xent_loss, siglip_loss, sup_con_loss
-from clipkit.losses.primitive import ContrastOutput, contrast
+from clipkit.losses.output import ContrastOutput
+from clipkit.losses.primitive import contrast
 from clipkit.losses.row_wise import (
     alignment_loss,
     logistic_loss,

@@ -15,11 +15,17 @@ from torch import Tensor
 from clipkit.distributed import unique_ids
 from clipkit.losses import checks
 from clipkit.losses.checks import Scalar
+from clipkit.losses.engine import Exchange
 from clipkit.losses.primitive import contrast
 
 
 def clip_loss(
-    image: Tensor, text: Tensor, *, scale: Scalar, group: dist.ProcessGroup | None = None
+    image: Tensor,
+    text: Tensor,
+    *,
+    scale: Scalar,
+    group: dist.ProcessGroup | None = None,
+    exchange: Exchange = "gather",
 ) -> Tensor:
     """Symmetric cross-entropy of matching images with texts.
 
@@ -30,6 +36,7 @@ def clip_loss(
         text: (N, D); row i belongs to row i of `image`.
         scale: s = 1/τ > 0, the exponential of CLIP's `logit_scale`; number or tensor with its gradient.
         group: gather both sides over these ranks.
+        exchange: how, see `contrast`.
 
     Returns:
         Scalar. Collapsed embeddings give log N.
@@ -43,7 +50,7 @@ def clip_loss(
         with feature gradients 1/W of these, and with `local_loss` alone the column terms are missing.
     """
     checks.same_shape(image=checks.features("image", image), text=checks.features("text", text))
-    return contrast(image, text, scale=scale, direction="both", group=group).loss
+    return contrast(image, text, scale=scale, direction="both", group=group, exchange=exchange).loss
 
 
 def siglip_loss(
@@ -53,6 +60,7 @@ def siglip_loss(
     scale: Scalar,
     bias: Scalar,
     group: dist.ProcessGroup | None = None,
+    exchange: Exchange = "gather",
 ) -> Tensor:
     """Binary cross-entropy over all image–text pairs, summed and divided by N.
 
@@ -64,6 +72,7 @@ def siglip_loss(
         scale: s > 0, number or tensor with its gradient; SigLIP starts at 10.
         bias: b, number or tensor with its gradient; SigLIP starts at −10.
         group: gather the texts over these ranks.
+        exchange: how, see `contrast`.
 
     Returns:
         Scalar.
@@ -76,11 +85,16 @@ def siglip_loss(
         N, not by the N² pairs). open_clip's `SigLipLoss` on one process is the same.
     """
     checks.same_shape(image=checks.features("image", image), text=checks.features("text", text))
-    return contrast(image, text, scale=scale, bias=bias, link="logistic", group=group).loss
+    return contrast(image, text, scale=scale, bias=bias, link="logistic", group=group, exchange=exchange).loss
 
 
 def nt_xent_loss(
-    z1: Tensor, z2: Tensor, *, temperature: Scalar, group: dist.ProcessGroup | None = None
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: Scalar,
+    group: dist.ProcessGroup | None = None,
+    exchange: Exchange = "gather",
 ) -> Tensor:
     """SimCLR's normalised temperature-scaled cross-entropy over 2N rows.
 
@@ -93,6 +107,7 @@ def nt_xent_loss(
         z2: (N, D); row i is another view of row i of `z1`.
         temperature: τ > 0.
         group: gather both views over these ranks.
+        exchange: how, see `contrast`.
 
     Returns:
         Scalar. Collapsed embeddings give log(2N − 1).
@@ -112,7 +127,15 @@ def nt_xent_loss(
     views = torch.arange(2, device=device).repeat_interleave(n)
     inverse = checks.temperature(temperature, z_2ND)
     return contrast(
-        z_2ND, z_2ND, q_id=ids, k_id=ids, q_view=views, k_view=views, scale=inverse, group=group
+        z_2ND,
+        z_2ND,
+        q_id=ids,
+        k_id=ids,
+        q_view=views,
+        k_view=views,
+        scale=inverse,
+        group=group,
+        exchange=exchange,
     ).loss
 
 
@@ -123,6 +146,7 @@ def info_nce_loss(
     negatives: Tensor | None = None,
     temperature: Scalar,
     group: dist.ProcessGroup | None = None,
+    exchange: Exchange = "gather",
 ) -> Tensor:
     """Cross-entropy of picking a query's own positive among candidates; one direction.
 
@@ -138,6 +162,7 @@ def info_nce_loss(
             as they are (a queue holds every rank's keys already).
         temperature: τ > 0.
         group: gather the positives over these ranks, where they are candidates.
+        exchange: how, see `contrast`.
 
     Returns:
         Scalar. Collapsed embeddings give log N, or log(1 + K).
@@ -154,11 +179,18 @@ def info_nce_loss(
     checks.same_shape(query=checks.features("query", query), positive=checks.features("positive", positive))
     inverse = checks.temperature(temperature, query)
     paired = negatives is not None
-    return contrast(query, positive, paired=paired, negatives=negatives, scale=inverse, group=group).loss
+    return contrast(
+        query, positive, paired=paired, negatives=negatives, scale=inverse, group=group, exchange=exchange
+    ).loss
 
 
 def sup_con_loss(
-    z: Tensor, labels: Tensor, *, temperature: Scalar, group: dist.ProcessGroup | None = None
+    z: Tensor,
+    labels: Tensor,
+    *,
+    temperature: Scalar,
+    group: dist.ProcessGroup | None = None,
+    exchange: Exchange = "gather",
 ) -> Tensor:
     """Supervised contrastive loss, with the mean over positives outside the logarithm ("out").
 
@@ -172,6 +204,7 @@ def sup_con_loss(
         labels: (N,) integers.
         temperature: τ > 0.
         group: gather rows and labels over these ranks.
+        exchange: how, see `contrast`.
 
     Returns:
         Scalar. Collapsed embeddings give log(N − 1).
@@ -189,4 +222,14 @@ def sup_con_loss(
     labels = checks.integers("labels", labels, (n,), device)
     rows = unique_ids(n, group, device)  # as view: a row is itself only where the row number is equal too
     inverse = checks.temperature(temperature, z)
-    return contrast(z, z, q_id=labels, k_id=labels, q_view=rows, k_view=rows, scale=inverse, group=group).loss
+    return contrast(
+        z,
+        z,
+        q_id=labels,
+        k_id=labels,
+        q_view=rows,
+        k_view=rows,
+        scale=inverse,
+        group=group,
+        exchange=exchange,
+    ).loss

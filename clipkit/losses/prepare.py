@@ -1,28 +1,26 @@
-"""From the arguments of `contrast` to a checked `Problem`: rules, ids, gathering, negatives, pairs.
+"""From the arguments of `contrast` to a checked `Task`: rule, ids and views, negatives, pairs.
 
 Each step takes what the caller gave, refuses what cannot be meant with an `InputError`, and returns the part
-of the problem it is about. The only communication is in `gathered`: the sizes, then ids and views, then the
-features with their gradient.
+of the task it is about. The only communication is in `agreed` and `identities`: first what all ranks must
+agree about, then ids and views; features are exchanged by the engine.
 
 Shapes: as in `primitive`.
 """
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipkit.distributed import exchange, gather_features, gather_rows, unique_ids
+from clipkit.distributed import exchange, gather_rows, unique_ids
 from clipkit.errors import InputError
 from clipkit.losses import checks
 from clipkit.losses.checks import Scalar
+from clipkit.losses.engine import Leaves, Task
 from clipkit.losses.links import Aggregate, Denominator, Link, Rule
-from clipkit.losses.similarity import unit
-from clipkit.losses.tiles import Problem, Side, Similarity
-
-Direction = Literal["one", "both"]
+from clipkit.losses.tiles import Side, Similarity
 
 
 def rule(
@@ -78,21 +76,14 @@ def sides(
     )
 
 
-def gathered(
-    rows: Side, columns: Side, dtype: torch.dtype, direction: Direction, paired: bool,
-    group: dist.ProcessGroup | None,
-) -> tuple[Side, Side, Side, Side]:  # fmt: skip
-    """q and k of this rank, then q and k of the whole group, all of them widened to `dtype`."""
-    local = [replace(side, features=side.features.to(dtype)) for side in (rows, columns)]
-    if group is None or paired:
-        return local[0], local[1], local[0], local[1]
-    q_ND, k_MD = rows.features, columns.features
+def agreed(q_ND: Tensor, k_mD: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
+    """Rows of q and of k of each rank, after making sure that the ranks mean the same."""
     facts = [
         q_ND.shape[0],
-        k_MD.shape[0],
+        k_mD.shape[0],
         q_ND.shape[1],
         q_ND.requires_grad,
-        k_MD.requires_grad,
+        k_mD.requires_grad,
         q_ND.element_size(),
     ]
     everyone = exchange([int(x) for x in facts], group, q_ND.device)
@@ -101,32 +92,25 @@ def gathered(
             "the ranks of the group disagree about q and k: (features, q needs a gradient, k needs one, "
             f"bytes of a number) are {[f[2:] for f in everyone]}"
         )
-    sizes = [[f[0] for f in everyone], [f[1] for f in everyone]]
-    for name, total in zip("qk", map(sum, sizes), strict=True):
-        if total == 0:
+    for i, name in enumerate("qk"):
+        if sum(f[i] for f in everyone) == 0:
             raise InputError(f"{name} has no rows on any rank of the group")
-    wanted = [1, 0] if direction == "both" else [1]
-    sides = [rows, columns]
-    together = gather_features([sides[i].features for i in wanted], [sizes[i] for i in wanted], dtype, group)
-    whole = list(local)
-    for i, features in zip(wanted, together, strict=True):
-        labels = gather_rows(torch.stack([sides[i].id, sides[i].view], 1), sizes[i], group)
-        whole[i] = Side(features, labels[:, 0], labels[:, 1])
-    return local[0], local[1], whole[0], whole[1]
+    return [f[0] for f in everyone], [f[1] for f in everyone]
 
 
-def normalised(side: Side) -> Side:
-    return replace(side, features=unit(side.features))
+def identities(columns: Side, sizes: list[int], group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Ids and views of the rows of k of all ranks."""
+    if group is None:
+        return columns.id, columns.view
+    labels = gather_rows(torch.stack([columns.id, columns.view], 1), sizes, group)
+    return labels[:, 0].contiguous(), labels[:, 1].contiguous()
 
 
-def with_negatives(
-    problem: Problem, negatives: Tensor | None, negative_id: Tensor | None,
-    own: Tensor | None, own_id: Tensor | None,
-) -> Problem:  # fmt: skip
-    q_ND, adapt = problem.rows.features, unit if problem.similarity == "cosine" else (lambda x: x)
-    if negatives is not None:
-        checks.fits("negatives", checks.features("negatives", negatives, "KD"), "q", q_ND)
-        problem = replace(problem, negatives=adapt(negatives.to(q_ND.dtype)))
+def with_negatives(task: Task, leaves: Leaves, negative_id: Tensor | None, own_id: Tensor | None) -> Task:
+    """The ids of the negatives, after a look at the negatives themselves."""
+    q_ND, shared, own = leaves.q, leaves.negatives, leaves.own
+    if shared is not None:
+        checks.fits("negatives", checks.features("negatives", shared, "KD"), "q", q_ND)
     if own is not None:
         checks.fits("own_negatives", checks.features("own_negatives", own, "NmD"), "q", q_ND)
         if own.shape[0] != q_ND.shape[0]:
@@ -134,57 +118,76 @@ def with_negatives(
                 f"own_negatives {checks.describe(own)} must have one block for each row of "
                 f"q {checks.describe(q_ND)}"
             )
-        problem = replace(problem, own=adapt(own.to(q_ND.dtype)))
     for name, ids, of, x in (
-        ("negative_id", negative_id, "negatives", negatives),
+        ("negative_id", negative_id, "negatives", shared),
         ("own_negative_id", own_id, "own_negatives", own),
     ):
         if ids is not None:
             if x is None:
                 raise InputError(f"{name} is given without {of}")
             checked = checks.integers(name, ids, tuple(x.shape[:-1]), q_ND.device)
-            problem = replace(problem, **{"negative_id" if x.dim() == 2 else "own_id": checked})
-    return problem
+            task = replace(task, **{"negative_id" if x.dim() == 2 else "own_id": checked})
+    return task
 
 
 def with_pairs(
-    problem: Problem, positive: Tensor | None, ignore: Tensor | None,
-    log_noise: Scalar | None, log_weight: Scalar | None, weight: Tensor | None,
-) -> Problem:  # fmt: skip
-    like, n, c = problem.rows.features, problem.rows.features.shape[0], problem.num_candidates
-    found: dict[str, Tensor] = {}
+    task: Task, leaves: Leaves, positive: Tensor | None, ignore: Tensor | None,
+    log_noise: Scalar | None, log_weight: Scalar | None,
+) -> tuple[Task, Leaves]:  # fmt: skip
+    """What is said of pairs, once the number of candidates is known."""
+    n, like, found = leaves.q.shape[0], leaves.scale, {}
+    width = task.columns + sum(x.shape[-2] for x in (leaves.negatives, leaves.own) if x is not None)
     for name, mask in (("positive", positive), ("ignore", ignore)):
         if mask is not None:
-            found[name] = checks.per_pair(name, mask, n, c, like, boolean=True)
-    for name, logs in (("log_noise", log_noise), ("log_weight", log_weight)):
-        if logs is not None:
-            x = logs if isinstance(logs, Tensor) else torch.tensor(float(logs), dtype=like.dtype)
-            found[name] = checks.per_pair(name, x, n, c, like, boolean=False)
-    if weight is not None:
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != (n,):
-            raise InputError(f"weight must be a tensor of shape ({n},), got {checks.describe(weight)}")
-        found["weight"] = weight.detach().to(device=like.device, dtype=like.dtype)
-    return replace(problem, **found)
+            found[name] = checks.per_pair(name, mask, n, width, like, boolean=True)
+    logs: dict[str, Tensor] = {}
+    for name, log in (("log_noise", log_noise), ("log_weight", log_weight)):
+        if log is not None:
+            x = log if isinstance(log, Tensor) else torch.tensor(float(log), dtype=like.dtype)
+            logs[name] = checks.per_pair(name, x, n, width, like, boolean=False)
+    return replace(task, **found), leaves._replace(**logs)
 
 
-def reverse(problem: Problem, columns: Side, all_rows: Side, group: dist.ProcessGroup | None) -> Problem:
-    """Rows of k against candidates q: the transposed problem."""
-    if problem.similarity == "cosine":
-        columns, all_rows = normalised(columns), normalised(all_rows)
-    turned: dict[str, Tensor] = {}
-    for name in ("positive", "ignore", "log_noise", "log_weight"):
-        x: Tensor | None = getattr(problem, name)
-        if x is None or x.numel() == 1:
-            continue
-        if group is not None:
-            raise InputError(
-                f"{name} {checks.describe(x)} covers the rows of q; with direction='both' and a group "
-                "call contrast once for each direction"
-            )
-        turned[name] = x.expand(problem.rows.features.shape[0], problem.num_candidates).mT
-    if problem.weight is not None and problem.weight.shape[0] != columns.features.shape[0]:
+def weights(weight: Tensor | None, like: Tensor, n: int, m: int | None) -> Tensor | None:
+    """The rows' weights (n,); `m`: they are those of m rows of k too."""
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != (n,):
+        raise InputError(f"weight must be a tensor of shape ({n},), got {checks.describe(weight)}")
+    if m is not None and m != n:
         raise InputError(
-            f"weight {checks.describe(problem.weight)} with direction='both' needs as many rows in k, "
-            f"got {checks.describe(columns.features)}"
+            f"weight {checks.describe(weight)} with direction='both' needs as many rows in k, got {m}"
         )
-    return replace(problem, rows=columns, columns=all_rows, **turned)
+    return weight.detach().to(device=like.device, dtype=like.dtype)
+
+
+def reverse(task: Task, leaves: Leaves, columns: Side, rows_of_all: list[int]) -> tuple[Task, Leaves]:
+    """Rows of k against candidates q: the transposed task, for links that need whole rows.
+
+    Args:
+        task: the task of rows of q.
+        leaves: its tensors.
+        columns: ids and views of this rank's rows of k.
+        rows_of_all: rows of q of each rank.
+    """
+    turned: dict[str, Tensor | None] = {}
+    n, width = leaves.q.shape[0], task.columns
+    for name in ("positive", "ignore", "log_noise", "log_weight"):
+        x: Tensor | None = getattr(leaves if name.startswith("log") else task, name)
+        if x is not None and x.numel() > 1:
+            x = x.expand(n, width)
+            if task.group is not None:
+                if x.requires_grad:
+                    raise InputError(f"{name} has no gradient here: call contrast once for each direction")
+                x = gather_rows(x, rows_of_all, task.group)[:, task.mine]
+            x = x.mT
+        turned[name] = x
+    rows = Side(leaves.q, task.row_id, task.row_view)
+    row_id, row_view = identities(rows, rows_of_all, task.group)
+    swapped = leaves._replace(
+        q=leaves.k, k=leaves.q, log_noise=turned["log_noise"], log_weight=turned["log_weight"]
+    )
+    return replace(
+        task, row_id=columns.id, row_view=columns.view, column_id=row_id, column_view=row_view,
+        sizes=rows_of_all, positive=turned["positive"], ignore=turned["ignore"],
+    ), swapped  # fmt: skip

@@ -9,71 +9,22 @@ Shapes: N = rows of q, M = rows of k (over the whole group where one is given), 
 m = own negatives of a row, C = M + K + m candidates of a row, D = features, W = ranks.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipkit.distributed import group_rank, group_size, sum_over_group
+from clipkit.distributed import group_rank
 from clipkit.errors import InputError
-from clipkit.losses import checks, prepare, tiles
+from clipkit.losses import checks, prepare
 from clipkit.losses.checks import Scalar
+from clipkit.losses.engine import Exchange, Leaves, Task, solve
 from clipkit.losses.links import Aggregate, Denominator, Link, Rule
-from clipkit.losses.prepare import Direction
-from clipkit.losses.similarity import full_precision, widen
-from clipkit.losses.tiles import Problem, Similarity, Solution, solve
-
-
-@dataclass(frozen=True)
-class ContrastOutput:
-    """What `contrast` returns. Statistics carry no gradient and are those of the whole group.
-
-    Attributes:
-        loss: scalar to differentiate. With a group: W × this rank's share of the global loss.
-        value: scalar, the global loss without a gradient, the same on every rank: the number to log.
-        per_row: (N,) loss of each row of q of this rank, 0 where `counted` is False; differentiable.
-        counted: (N,) bool, the rows of q that enter the loss (with a softmax link: those with a positive).
-        per_column: (M of this rank,) the same for the rows of k; None unless direction is "both".
-        rows: how many rows count, over both directions.
-        skipped: how many rows do not.
-        candidates: mean number K of candidates of the rows that count, positives included.
-        accuracy: share of the rows with a positive and a negative in which some positive is strictly more
-            similar than every negative; nan without such rows, None for the link "align".
-        positive_similarity: mean similarity of positive pairs, before scale and bias; nan if there are none.
-        negative_similarity: the same of negative pairs.
-    """
-
-    loss: Tensor
-    value: Tensor
-    per_row: Tensor
-    counted: Tensor
-    per_column: Tensor | None
-    rows: Tensor
-    skipped: Tensor
-    candidates: Tensor
-    accuracy: Tensor | None
-    positive_similarity: Tensor
-    negative_similarity: Tensor
-    _information: Tensor | None = field(repr=False)
-    _several: Tensor = field(repr=False)
-
-    @property
-    def mi_bound(self) -> Tensor | None:
-        """Mean of log K − L in nats, a lower bound of the mutual information; None where it is not one.
-
-        It is one for a softmax link whose denominator holds the positive, exactly one positive in each row,
-        and negatives drawn from the marginal of k: one view, no own (hard) negatives, no `log_weight`,
-        `log_noise` or `ignore`. It cannot exceed log K. With a queue it is an estimate with stale keys.
-
-        References:
-            van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding", eq. 5;
-            Poole et al. 2019, "On Variational Bounds of Mutual Information", eq. 10.
-        """
-        if self._information is None or bool(self._several > 0) or bool(self.rows == 0):
-            return None
-        return self._information
+from clipkit.losses.output import ContrastOutput, Direction, summarise
+from clipkit.losses.similarity import widen
+from clipkit.losses.tiles import Similarity
 
 
 def contrast(
@@ -100,10 +51,11 @@ def contrast(
     denominator: Denominator = "all",
     aggregate: Aggregate = "out",
     margin: float | None = None,
-    direction: Direction = "one",
+    direction: Literal["one", "both"] = "one",
     similarity: Similarity = "cosine",
     block: int | None = None,
     group: dist.ProcessGroup | None = None,
+    exchange: Exchange = "gather",
 ) -> ContrastOutput:
     """Score rows of q against candidates and reduce every row with a link.
 
@@ -144,8 +96,12 @@ def contrast(
         margin: ≥ 0, for the links hinge and pair.
         direction: "one": rows of q; "both": the mean of that and of rows of k against candidates q.
         similarity: "cosine", "inner_product" or "euclidean" (which scores with minus the distance).
-        block: evaluate so many rows at a time, recomputing them in backward; None: chosen from the memory.
-        group: gather k (for "both" also q) over these ranks, exactly; local batches may differ in size.
+        block: score so many rows and candidates at a time, again in backward; None: as many as fit a budget
+            of memory, and where all do, without scoring again.
+        group: the candidates k of all these ranks, exactly; local batches may differ in size.
+        exchange: "gather" brings all of k to every rank; "ring" passes it round, so that a rank holds two
+            ranks' share at a time: for sides too big to gather, with the same numbers. Links that need whole
+            rows (hinge; softmax with denominator "one" and several positives) gather all the same.
 
     Returns:
         `ContrastOutput`. With a group, the mean over the ranks of every parameter's gradient (what DDP
@@ -175,30 +131,35 @@ def contrast(
             "once for each direction"
         )
     checks.one_of("direction", direction, ("one", "both"))
+    checks.one_of("exchange", exchange, ("gather", "ring"))
     if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
         raise InputError(f"block must be an integer >= 1, got {block!r}")
-    with full_precision(q):
-        rows, columns, single = prepare.sides(q, k, (q_id, k_id), (q_view, k_view), positive, group)
-        rule = replace(rule, single=single or (paired and positive is None))
-        dtype = torch.promote_types(widen(q).dtype, widen(k).dtype)
-        rows, columns, all_rows, all_columns = prepare.gathered(
-            rows, columns, dtype, direction, paired, group
-        )
-        if similarity == "cosine":
-            rows, all_columns = prepare.normalised(rows), prepare.normalised(all_columns)
-        like = rows.features
-        problem = Problem(
-            rows, all_columns, paired, similarity,
-            checks.scalar("scale", scale, like, above=0.0), checks.scalar("bias", bias, like), rule,
-        )  # fmt: skip
-        problem = prepare.with_negatives(problem, negatives, negative_id, own_negatives, own_negative_id)
-        problem = prepare.with_pairs(problem, positive, ignore, log_noise, log_weight, weight)
-        problems = [problem]
-        if direction == "both":
-            problems.append(prepare.reverse(problem, columns, all_rows, group))
-        solutions = [solve(p, block) for p in problems]
+    like = torch.empty(0, dtype=torch.promote_types(widen(q).dtype, widen(k).dtype), device=q.device)
+    leaves = Leaves(
+        q, k, negatives, own_negatives,
+        checks.scalar("scale", scale, like, above=0.0), checks.scalar("bias", bias, like), None, None,
+    )  # fmt: skip
+    rows, columns, single = prepare.sides(q, k, (q_id, k_id), (q_view, k_view), positive, group)
+    rule = replace(rule, single=single or (paired and positive is None))
+    together = None if paired else group
+    sizes = [[q.shape[0]], [k.shape[0]]] if together is None else prepare.agreed(q, k, together)
+    column_id, column_view = prepare.identities(columns, sizes[1], together)
+    task = Task(
+        rows.id, rows.view, column_id, column_view, sizes[1], rule, similarity, paired,
+        both=direction == "both" and not rule.whole_rows, block=block, group=group, exchange=exchange,
+    )  # fmt: skip
+    task = prepare.with_negatives(task, leaves, negative_id, own_negative_id)
+    task, leaves = prepare.with_pairs(task, leaves, positive, ignore, log_noise, log_weight)
+    weight = prepare.weights(weight, like, q.shape[0], k.shape[0] if direction == "both" else None)
+    found = solve(task, leaves)
+    directions = [Direction(found.loss, found.counted, found.states, weight)]
+    if found.column_loss is not None:
+        directions.append(Direction(*found[4:7], weight))  # pyright: ignore[reportArgumentType]
+    elif direction == "both":
+        other = solve(*prepare.reverse(task, leaves, columns, sizes[0]))
+        directions.append(Direction(other.loss, other.counted, other.states, weight))
     bound = _may_bound(rule, q_view, k_view, own_negatives, ignore, log_noise, log_weight)
-    return _output(problems, solutions, bound, group)
+    return summarise(directions, found.sums / leaves.scale.detach(), link, bound, group)
 
 
 def _may_bound(rule: Rule, q_view: Any, k_view: Any, *others: Any) -> bool:
@@ -206,37 +167,4 @@ def _may_bound(rule: Rule, q_view: Any, k_view: Any, *others: Any) -> bool:
     one_view = not isinstance(q_view, Tensor) and not isinstance(k_view, Tensor)
     return (
         rule.link == "softmax" and rule.denominator != "neg" and one_view and all(x is None for x in others)
-    )
-
-
-def _output(
-    problems: list[Problem], solutions: list[Solution], bound: bool, group: dist.ProcessGroup | None
-) -> ContrastOutput:
-    """Σ of this rank ÷ count of all ranks × W, averaged over the directions, and the statistics."""
-    sums = sum_over_group(torch.stack([s.sums for s in solutions]), group)
-    dtype, directions = solutions[0].loss.dtype, len(solutions)
-    counts = torch.where(sums[:, tiles.WEIGHT] > 0, sums[:, tiles.WEIGHT], torch.ones_like(sums[:, 0]))
-    shares = []
-    for problem, solution, count in zip(problems, solutions, counts, strict=True):
-        terms = solution.loss if problem.weight is None else solution.loss * problem.weight
-        shares.append(terms.sum() * (group_size(group) / count).to(dtype))
-    total = sums.sum(0)
-
-    def mean(of: int, over: int) -> Tensor:
-        return (total[of] / total[over]).to(dtype)
-
-    return ContrastOutput(
-        loss=shares[0] if directions == 1 else (shares[0] + shares[1]) / 2,
-        value=(sums[:, tiles.LOSS] / counts).mean().to(dtype),
-        per_row=solutions[0].loss,
-        counted=solutions[0].counted,
-        per_column=solutions[1].loss if directions == 2 else None,
-        rows=total[tiles.ROWS].long(),
-        skipped=total[tiles.SKIPPED].long(),
-        candidates=mean(tiles.CANDIDATES, tiles.ROWS),
-        accuracy=None if problems[0].rule.link == "align" else mean(tiles.CORRECT, tiles.JUDGED),
-        positive_similarity=mean(tiles.POSITIVE_SUM, tiles.POSITIVES),
-        negative_similarity=mean(tiles.NEGATIVE_SUM, tiles.NEGATIVES),
-        _information=mean(tiles.INFORMATION, tiles.ROWS) if bound else None,
-        _several=total[tiles.SEVERAL],
     )

@@ -1,0 +1,150 @@
+"""Two sweeps over the tiles of a problem: one for the states of its rows, one for the gradients.
+
+The first sweep scores every tile once and collects the states of its rows and, for both directions, of its
+columns. The second scores the tiles again and takes dL/ds of each to the gradients: 8·N·M·D floating-point
+operations in all for the loss in both directions, and no (N, M) matrix. Where all scores together fit a
+budget, the first sweep keeps them and the second need not multiply again; the numbers are the same.
+
+Shapes: N = rows, M = columns of both directions, D = features, n, c = rows and columns of a tile.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from clipkit.losses import links, whole_rows
+from clipkit.losses.links import Rule, merge
+from clipkit.losses.tiles import Candidates, Gradients, Problem, Rows, Tile
+
+KEPT_BYTES = 64 << 20  # scores that may be kept for the second sweep
+TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # scores of a tile: what caches hold; what fills a GPU
+
+
+def wide(like: Tensor) -> torch.dtype:
+    """The widest dtype of a device, for sums."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def _edges(problem: Problem, block: int | None) -> tuple[int, int]:
+    """Rows and columns of a tile. A strip of whole rows has as many rows as the budget allows."""
+    scores = TILE_BYTES.get(problem.scale.device.type, 64 << 20) // problem.scale.element_size()
+    if problem.rule.whole_rows:
+        return block or max(1, scores // max(1, problem.width)), max(1, problem.width)
+    edge = block or int(scores**0.5)
+    return edge, edge
+
+
+def _slices(size: int, edge: int) -> list[slice]:
+    """Pieces of nearly equal size, none larger than `edge`."""
+    count = -(-size // edge)
+    return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
+
+
+def _tiles(problem: Problem, edge: int) -> Iterator[tuple[int, Candidates, slice]]:
+    for number, block in enumerate(problem.candidates):
+        for columns in _slices(block.width, edge):
+            yield number, block, columns
+
+
+def forward(
+    problem: Problem, block: int | None, kept: list[Tile] | None, of_rows: Tensor, of_columns: Tensor | None
+) -> Tensor:
+    """The first sweep: take all tiles into the states.
+
+    Args:
+        problem: the rows and candidates.
+        block: edge of a tile, or None for one that fits the budget.
+        kept: a list to put the tiles into, or None to forget them.
+        of_rows: states of the rows (8, N), changed in place.
+        of_columns: states of all columns (8, M), changed in place, or None.
+
+    Returns:
+        The sums (2,) of scaled similarities over positive and over negative pairs.
+    """
+    sums = torch.zeros(2, dtype=wide(of_rows), device=of_rows.device)
+    height, width = _edges(problem, block)
+    for at in _slices(problem.rows.features.shape[0], height):
+        rows = Rows(problem, at)
+        if problem.rule.whole_rows:
+            of_rows[:, at], seen = whole_rows.states(rows)
+            sums += seen
+            continue
+        for _, candidates, columns in _tiles(problem, width):
+            tile, seen = rows.tile(candidates, columns, rows.features(candidates, columns))
+            sums += seen
+            where = candidates.at(columns)
+            below = None if of_columns is None else of_columns[:, where]
+            _take_in(tile, rows.log_weight(where), problem.rule, of_rows[:, at], below, kept is None)
+            if kept is not None:
+                kept.append(tile)
+    return sums
+
+
+def _take_in(
+    tile: Tile, log_weight: Tensor | None, rule: Rule, of_rows: Tensor, of_columns: Tensor | None, free: bool
+) -> None:
+    """Merge a tile into the states of its rows (8, n), and of its columns (8, c), in place."""
+    n, c = tile.score.shape
+    seen = links.bulk(tile.score, log_weight, rule, of_columns is not None, free)
+    for state, new, size, others, index in (
+        (of_rows, seen[0], n, c, tile.row),
+        (of_columns, seen[1], c, n, tile.column),
+    ):
+        if state is None or new is None:
+            continue
+        new[links.COUNT_N] = others
+        if index.numel():
+            new[links.COUNT_N].index_add_(0, index, torch.ones_like(tile.listed), alpha=-1)
+            pick = tile.positive
+            new = merge(new, links.positives(tile.listed[pick], index[pick], size, rule))
+        state.copy_(merge(state, new))
+
+
+def backward(
+    problem: Problem, block: int | None, kept: list[Tile] | None, need: tuple[Tensor, Tensor | None],
+    into: Gradients,
+) -> None:  # fmt: skip
+    """The second sweep: add all tiles to the gradients in `into`.
+
+    Args:
+        problem: as in `forward`.
+        block: as in `forward`.
+        kept: what `forward` kept, or None to score again.
+        need: what `links.finish` left of the rows (5, N) and of all columns (5, M), times upstream gradients.
+        into: where the gradients are summed.
+    """
+    height, width = _edges(problem, block)
+    again = None if kept is None else iter(kept)
+    for at in _slices(problem.rows.features.shape[0], height):
+        rows = Rows(problem, at)
+        if problem.rule.whole_rows:
+            whole_rows.push(rows, need[0][:, at], into)
+            continue
+        for number, candidates, columns in _tiles(problem, width):
+            k = rows.features(candidates, columns)
+            tile = rows.tile(candidates, columns, k)[0] if again is None else next(again)
+            slope = _slope(rows, tile, candidates.at(columns), need, into, again is None)
+            rows.push(number, columns, k, slope, into)
+
+
+def _slope(
+    rows: Rows, tile: Tile, where: slice, need: tuple[Tensor, Tensor | None], into: Gradients, free: bool
+) -> Tensor:
+    """dL/ds of a tile (n, c); those of log-weights and log-noise go to `into`."""
+    rule, log_weight = rows.problem.rule, rows.log_weight(where)
+    of_rows, of_columns = need[0][:, rows.at], None if need[1] is None else need[1][:, where]
+    free = free and into.log_weight is None
+    slope = links.bulk_slope(tile.score, log_weight, rule, of_rows, of_columns, free)
+    if into.log_weight is not None:
+        into.add("log_weight", links.weight_slope(tile.score, slope, rule), rows.at, where)
+    if tile.row.numel():
+        pick = tile.positive
+        i, j, score = tile.row[pick], tile.column[pick], tile.listed[pick]
+        there = links.positive_slope(score, of_rows[:, i], rule)
+        if of_columns is not None:
+            there = there + links.positive_slope(score, of_columns[:, j], rule)
+        slope[i, j] = there
+    if into.log_noise is not None:
+        into.add("log_noise", slope.neg(), rows.at, where)
+    return slope
