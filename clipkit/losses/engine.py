@@ -1,4 +1,4 @@
-"""The autograd node under `contrast`: two sweeps, the exchange of candidates around them, one backward.
+"""The forward and the backward pass of `contrast`: two sweeps, and the exchange of candidates around them.
 
 The one idea: what a rank sends are features (or, on a ring, blocks of them) and afterwards their gradients;
 what it joins with other ranks in between is a state of eight numbers a column. So each rank scores its own
@@ -9,7 +9,7 @@ Shapes: N = rows, m = rows of k, both of this rank; M = rows of k of all ranks; 
 D = features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -26,22 +26,21 @@ from clipkit.distributed import (
     ring_sum,
     sum_over_group,
 )
-from clipkit.errors import InputError
 from clipkit.losses import links, sweep
 from clipkit.losses.links import Rule, empty_state
-from clipkit.losses.similarity import full_precision
-from clipkit.losses.tiles import (
+from clipkit.losses.problem import (
     Candidates,
     Gradients,
     Pairs,
     Problem,
     Side,
     Similarity,
-    Tile,
     finish,
     inverse_length,
     through_length,
 )
+from clipkit.losses.similarity import full_precision
+from clipkit.losses.tiles import Tile
 
 Exchange = Literal["gather", "ring"]
 
@@ -121,9 +120,13 @@ class Solution(NamedTuple):
     column_states: Tensor | None = None
 
 
-def solve(task: Task, leaves: Leaves) -> Solution:
-    """Evaluate a task. `loss` and `column_loss` are differentiable, once; a collective with a group."""
-    return Solution(*_Contrast.apply(task, *leaves))  # pyright: ignore[reportGeneralTypeIssues]
+class Memory(NamedTuple):
+    """What the backward pass needs of the forward pass, beside the leaves."""
+
+    gathered: Tensor | None  # (M, D), k of all ranks
+    need: Tensor  # (5, N), see `links.finish`
+    of_need: Tensor | None  # (5, all columns)
+    kept: list[Tile] | None
 
 
 def _inverse(task: Task, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -173,75 +176,55 @@ def _over_group(state: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat([known + sums[: links.BEST_N].log(), high[links.BEST_N :], sums[links.BEST_N :]])
 
 
-class _Contrast(torch.autograd.Function):
-    """`Solution` from a task and its leaves."""
-
-    @staticmethod
-    def forward(ctx: Any, task: Task, *tensors: Any) -> Any:
-        leaves = Leaves(*tensors)
-        with full_precision(leaves.q):
-            of_rows = empty_state(leaves.q.shape[0], leaves.scale)
-            of_columns = empty_state(task.columns, leaves.scale) if task.both else None
-            gathered = None
-            if task.group is not None and task.together and not task.ring:
-                gathered = gather_rows(leaves.k, task.sizes, task.group)
-            base = _base(task, leaves)
-            kept: list[Tile] | None = [] if any(ctx.needs_input_grad) and _keeps(task, base) else None
-            sums = torch.zeros(2, dtype=sweep.wide(of_rows), device=of_rows.device)
-            for turn, (k, at) in enumerate(_arrivals(task, leaves.k, gathered)):
-                problem = _with_columns(base, task, k, at, turn > 0)
-                sums += sweep.forward(problem, task.block, kept, of_rows, of_columns)
-            if of_columns is not None and task.group is not None:
+@torch.no_grad()
+def forward_pass(task: Task, leaves: Leaves, keep: bool) -> tuple[Solution, Memory]:
+    """The first sweep over all candidates, and the losses; `keep` scores for a backward pass, if they fit."""
+    with full_precision(leaves.q):
+        of_rows = empty_state(leaves.q.shape[0], leaves.scale)
+        of_columns = empty_state(task.columns, leaves.scale) if task.both else None
+        gathered = None
+        if task.group is not None and task.together and not task.ring:
+            gathered = gather_rows(leaves.k, task.sizes, task.group)
+        base = _base(task, leaves)
+        kept: list[Tile] | None = [] if keep and _keeps(task, base) else None
+        sums = torch.zeros(2, dtype=sweep.wide(of_rows), device=of_rows.device)
+        for turn, (k, at) in enumerate(_arrivals(task, leaves.k, gathered)):
+            problem = _with_columns(base, task, k, at, turn > 0)
+            sums += sweep.forward(problem, task.block, kept, of_rows, of_columns)
+        loss, counted, need = links.finish(of_rows, task.rule)
+        solution, of_need = Solution(loss, counted, of_rows, sums), None
+        if of_columns is not None:
+            if task.group is not None:
                 of_columns = _over_group(of_columns, task.group)
-            loss, counted, need = links.finish(of_rows, task.rule)
-            solution, of_need = Solution(loss, counted, of_rows, sums), None
-            if of_columns is not None:
-                other, other_counted, of_need = links.finish(of_columns, task.rule)
-                columns = [x[..., task.mine].clone() for x in (other, other_counted, of_columns)]
-                solution = Solution(*solution[:4], *columns)
-        fixed = (
-            solution.counted,
-            solution.states,
-            solution.sums,
-            solution.column_counted,
-            solution.column_states,
-        )
-        ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
-        ctx.set_materialize_grads(False)
-        ctx.task, ctx.kept = task, kept is not None
-        ctx.save_for_backward(*leaves, gathered, need, of_need, *(x for tile in kept or () for x in tile))
-        return tuple(solution)
+            other, other_counted, of_need = links.finish(of_columns, task.rule)
+            mine = [x[..., task.mine].clone() for x in (other, other_counted, of_columns)]
+            solution = Solution(*solution[:4], *mine)
+        return solution, Memory(gathered, need, of_need, kept)
 
-    @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        saved = ctx.saved_tensors
-        leaves, (gathered, need, of_need), flat = Leaves(*saved[:8]), saved[8:11], saved[11:]
-        kept = [Tile(*flat[i : i + 5]) for i in range(0, len(flat), 5)] if ctx.kept else None
-        with torch.no_grad(), full_precision(leaves.q):
-            needs = (
-                _times(need, upstream[0]),
-                None if of_need is None else _columns(ctx.task, of_need, upstream[4]),
+
+@torch.no_grad()
+def backward_pass(
+    task: Task, leaves: Leaves, memory: Memory, upstream: Tensor | None, of_columns: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """The second sweep: gradients of the leaves, in their order, None where not wanted.
+
+    Args:
+        task, leaves: as in `forward_pass`.
+        memory: what `forward_pass` left.
+        upstream: (N,) gradient of the rows' losses, or None for 0.
+        of_columns: (m,) gradient of the losses of this rank's columns, or None for 0.
+        wanted: for each of the leaves, whether its gradient is.
+    """
+    with full_precision(leaves.q):
+        needs = _times(memory.need, upstream), None
+        if memory.of_need is not None:
+            mine = (
+                leaves.scale.new_zeros(task.mine.stop - task.mine.start) if of_columns is None else of_columns
             )
-            grads = _gradients(ctx.task, leaves, gathered, needs, kept, ctx.needs_input_grad[1:])
-        if torch.is_grad_enabled():
-            anchors = [x for x in (*upstream, *leaves) if x is not None and x.requires_grad]
-            grads = [None if g is None else _Once.apply(g, *anchors) for g in grads]
-        return None, *grads
-
-
-class _Once(torch.autograd.Function):
-    """A gradient as it is, which refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *anchors: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        raise InputError(
-            "contrast() was differentiated twice: its second derivatives are not implemented (the scores are "
-            "recomputed, not kept). Build the loss from torch operations where you need them"
-        )
+            every = mine if task.group is None else gather_rows(mine, task.sizes, task.group)
+            needs = needs[0], _times(memory.of_need, every)
+        return _gradients(task, leaves, memory, needs, wanted)
 
 
 def _keeps(task: Task, base: Problem) -> bool:
@@ -257,17 +240,9 @@ def _times(need: Tensor, upstream: Tensor | None) -> Tensor:
     return need
 
 
-def _columns(task: Task, need: Tensor, upstream: Tensor | None) -> Tensor:
-    """`need` of all columns, each times the upstream gradient that its own rank has."""
-    mine = need.new_zeros(task.mine.stop - task.mine.start) if upstream is None else upstream
-    return _times(need, mine if task.group is None else gather_rows(mine, task.sizes, task.group))
-
-
 def _gradients(
-    task: Task, leaves: Leaves, gathered: Tensor | None, needs: tuple[Tensor, Tensor | None],
-    kept: list[Tile] | None, wanted: tuple[bool, ...],
-) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of the leaves, in their order, None where not wanted."""
+    task: Task, leaves: Leaves, memory: Memory, needs: tuple[Tensor, Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
     want, dtype, base = Leaves._make(wanted), leaves.scale.dtype, _base(task, leaves)
 
     def sums(x: Any, wanted: Any) -> Any:
@@ -283,7 +258,7 @@ def _gradients(
         into.candidates += (
             [] if alone else [g for g, x in zip(others, leaves[2:4], strict=True) if x is not None]
         )
-        sweep.backward(_with_columns(base, task, k, at, alone), task.block, kept, needs, into)
+        sweep.backward(_with_columns(base, task, k, at, alone), task.block, memory.kept, needs, into)
         return k_grad
 
     if task.ring and task.group is not None:
@@ -294,7 +269,7 @@ def _gradients(
 
         k_grad = ring_sum(leaves.k, task.sizes, task.group, arrived)
     else:
-        every = leaves.k if gathered is None else gathered
+        every = leaves.k if memory.gathered is None else memory.gathered
         k_grad = visit(every, slice(0, every.shape[0]), False)
         if k_grad is not None and task.together and task.group is not None:
             k_grad = reduce_scatter_rows(k_grad, task.sizes, task.group)

@@ -20,7 +20,7 @@ from clipkit.losses import checks
 from clipkit.losses.checks import Scalar
 from clipkit.losses.engine import Leaves, Task
 from clipkit.losses.links import Aggregate, Denominator, Link, Rule
-from clipkit.losses.tiles import Side, Similarity
+from clipkit.losses.problem import Side, Similarity
 
 
 def rule(

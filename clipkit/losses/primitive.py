@@ -20,11 +20,12 @@ from clipkit.distributed import group_rank
 from clipkit.errors import InputError
 from clipkit.losses import checks, prepare
 from clipkit.losses.checks import Scalar
-from clipkit.losses.engine import Exchange, Leaves, Task, solve
+from clipkit.losses.engine import Exchange, Leaves, Task
 from clipkit.losses.links import Aggregate, Denominator, Link, Rule
+from clipkit.losses.node import solve
 from clipkit.losses.output import ContrastOutput, Direction, summarise
+from clipkit.losses.problem import Similarity
 from clipkit.losses.similarity import widen
-from clipkit.losses.tiles import Similarity
 
 
 def contrast(

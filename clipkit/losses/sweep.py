@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clipkit.losses import links, whole_rows
 from clipkit.losses.links import Rule, merge
-from clipkit.losses.tiles import Candidates, Gradients, Problem, Rows, Tile
+from clipkit.losses.problem import Candidates, Gradients, Problem
+from clipkit.losses.tiles import Rows, Tile
 
 KEPT_BYTES = 64 << 20  # scores that may be kept for the second sweep
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # scores of a tile: what caches hold; what fills a GPU

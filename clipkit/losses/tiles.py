@@ -1,105 +1,21 @@
-"""A contrastive problem in tiles: the scores of some rows against some candidates, and gradients back.
+"""The scores of some rows against some candidates, and dL/ds of these on its way to the gradients.
 
-A `Problem` holds everything after checking. Its candidates come in blocks: those that all rows share (k, a
-queue) and those that each row brings along (its own positive, its own negatives). A `Rows` object holds a
-slice of the rows, made ready for products; `tile` gives their scores against some candidates with the few
-pairs that are not plain negatives, and `push` takes dL/ds of a tile to the gradients of rows and candidates.
-Features are normalised and widened here, a tile at a time, so that no second copy of them exists.
+A `Rows` object holds a slice of the rows of a problem, made ready for products; `tile` gives their scores
+against some candidates with the few pairs that are not plain negatives, and `push` takes dL/ds of a tile to
+the gradients of rows and candidates. Features are normalised and widened here, a tile at a time, so that no
+second copy of them exists.
 
-Shapes: N = rows, C = candidates of a block, D = features, n, c = rows and columns of a tile, m = candidates
-that each row brings along, E = pairs in a tile that are not plain negatives.
+Shapes: N = rows, D = features, n, c = rows and columns of a tile, m = candidates that each row brings
+along, E = pairs in a tile that are not plain negatives.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipkit.losses.links import Rule
-
-Similarity = Literal["cosine", "inner_product", "euclidean"]
-_ROWS_AT_ONCE = 4096
-
-
-@dataclass(frozen=True)
-class Side:
-    """Rows with their identity: features (n, D), ids (n,) int64, views (n,) int64.
-
-    `inverse` (n, 1) is 1 / length of each row, 0 for a row of zeros, where rows are taken at length 1.
-    """
-
-    features: Tensor
-    id: Tensor
-    view: Tensor
-    inverse: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """One block of candidates.
-
-    Attributes:
-        features: (C, D), the same for every row, or (N, m, D), those of each row.
-        start: number of their first column among all candidates.
-        id: (C,) or (N, m) int64, or None where nobody has one.
-        view: the same of views. None: these are never positives, and one with the row's id is left out.
-        inverse: 1 / length of each, (C, 1) or (N, m, 1), as in `Side`.
-    """
-
-    features: Tensor
-    start: int
-    id: Tensor | None = None
-    view: Tensor | None = None
-    inverse: Tensor | None = None
-
-    @property
-    def own(self) -> bool:
-        return self.features.dim() == 3
-
-    @property
-    def width(self) -> int:
-        return self.features.shape[1 if self.own else 0]
-
-    @property
-    def whole(self) -> slice:
-        return slice(0, self.width)
-
-    def at(self, columns: slice) -> slice:
-        """The place of columns of this block among all columns."""
-        return slice(self.start + columns.start, self.start + columns.stop)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What the caller says of pairs; each broadcasts to (N, all columns)."""
-
-    positive: Tensor | None = None
-    ignore: Tensor | None = None
-    log_weight: Tensor | None = None
-    log_noise: Tensor | None = None
-
-    @property
-    def masks(self) -> bool:
-        return self.positive is not None or self.ignore is not None or self.log_weight is not None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Rows and all of their candidates, with the rule to reduce them by. Nothing here carries a gradient."""
-
-    rows: Side
-    candidates: tuple[Candidates, ...]
-    similarity: Similarity
-    scale: Tensor
-    bias: Tensor
-    rule: Rule
-    pairs: Pairs = Pairs()
-    both: bool = False
-
-    @property
-    def width(self) -> int:
-        return max((block.start + block.width for block in self.candidates), default=0)
+from clipkit.losses.problem import Candidates, Gradients, Problem, part, ready
 
 
 class Tile(NamedTuple):
@@ -117,66 +33,6 @@ class Tile(NamedTuple):
     column: Tensor
     positive: Tensor
     listed: Tensor
-
-
-@dataclass
-class Gradients:
-    """Sums of gradients that the tiles add to; None where nobody wants one.
-
-    That of rows is of `Rows.scaled_nD`, those of candidates of the features at length 1.
-    """
-
-    rows: Tensor | None  # (N, D)
-    candidates: list[Tensor | None]
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    log_weight: Tensor | None = None
-    log_noise: Tensor | None = None
-
-    def add(
-        self, name: Literal["log_weight", "log_noise"], tile: Tensor, rows: slice, columns: slice
-    ) -> None:
-        """Add a tile's (n, c) to something that broadcasts to rows × columns."""
-        target = part(getattr(self, name), rows, columns)
-        if target is not None:
-            target += tile.sum_to_size(target.shape)
-
-
-def part(x: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
-    """A tile's part of something that broadcasts to rows × columns."""
-    if x is None:
-        return None
-    if x.dim() > 0 and x.shape[-1] != 1:
-        x = x[..., columns]
-    return x if x.dim() < 2 or x.shape[0] == 1 else x[rows]
-
-
-def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / ‖x‖₂ of every row (…, 1), 0 for a row of zeros; squares neither overflow nor underflow."""
-    found = []
-    for rows in x.split(_ROWS_AT_ONCE):
-        rows = rows.to(dtype)
-        largest = rows.abs().amax(-1, keepdim=True)
-        largest = largest.masked_fill(largest == 0, 1.0)
-        length = torch.linalg.vector_norm(rows / largest, dim=-1, keepdim=True)
-        inverse = (length * largest).reciprocal_().clamp_(max=torch.finfo(dtype).max)
-        found.append(inverse.masked_fill_(length == 0, 0.0))
-    return torch.cat(found)
-
-
-def ready(x: Tensor, inverse: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Features as they enter products: widened, and of length 1 where `inverse` says so."""
-    return x.to(dtype) if inverse is None else x.to(dtype) * inverse
-
-
-def through_length(gradient: Tensor, x: Tensor, inverse: Tensor | None) -> Tensor:
-    """In place: the gradient of features, given that of the same at length 1: (g − x̂⟨g, x̂⟩) / ‖x‖."""
-    if inverse is None:
-        return gradient
-    for g, rows, scale in zip(*(t.split(_ROWS_AT_ONCE) for t in (gradient, x, inverse)), strict=True):
-        unit = ready(rows, scale, g.dtype)
-        g.addcmul_(unit, (g * unit).sum(-1, keepdim=True), value=-1.0).mul_(scale)
-    return gradient
 
 
 @dataclass
@@ -303,19 +159,6 @@ class Rows:
         if target is not None:
             turned = (away.mT.contiguous(), k.contiguous(), x.contiguous(), 2.0, distance.mT.contiguous())
             target += torch.ops.aten._cdist_backward(*turned)
-
-
-def finish(problem: Problem, into: Gradients) -> None:
-    """From the gradient of the scaled rows to those of the scale and of the features, in place."""
-    if into.rows is None or problem.similarity == "euclidean":
-        return
-    x, inverse = problem.rows.features, problem.rows.inverse
-    for start in range(0, x.shape[0], _ROWS_AT_ONCE):
-        at = slice(start, start + _ROWS_AT_ONCE)
-        if into.scale is not None:
-            unit = ready(x[at], None if inverse is None else inverse[at], problem.scale.dtype)
-            into.scale += (into.rows[at] * unit).sum()
-    through_length(into.rows.mul_(problem.scale), x, inverse)
 
 
 def _apart(x: Tensor, y: Tensor) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clipkit.losses import links
 from clipkit.losses.links import Rule, log_sum_exp, positives, softplus
-from clipkit.losses.tiles import Gradients, Rows
+from clipkit.losses.problem import Gradients
+from clipkit.losses.tiles import Rows
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,9 @@ def test_gradcheck(name: str) -> None:
 def test_public_names() -> None:
     assert sorted(losses.__all__) == [
         "ContrastOutput",
+        "alignment",
         "alignment_loss",
+        "cached_backward",
         "clip_loss",
         "contrast",
         "info_nce_loss",
@@ -295,4 +297,5 @@ def test_public_names() -> None:
         "similarity",
         "sup_con_loss",
         "triplet_loss",
+        "uniformity",
     ]
