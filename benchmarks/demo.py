@@ -11,19 +11,11 @@ import json
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from statistics import median
 
+from machine import MARK, STEAL_LIMIT, cpu_times, steal_since
+
 HELDOUT, TRAIN = "sample:emoji/heldout", "sample:emoji/train"
-
-
-def cpu_times() -> tuple[int, int]:
-    """Stolen and total CPU ticks since boot; zeros where the system does not tell."""
-    try:
-        fields = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-    except OSError:
-        return 0, 0
-    return fields[7], sum(fields)
 
 
 def run(seed: int, minutes: float, precision: str) -> dict[str, float | str | int]:
@@ -40,9 +32,8 @@ def run(seed: int, minutes: float, precision: str) -> dict[str, float | str | in
             )
             for command in (train, [*evaluate, "--no-untrained", "--json"])
         ]
-    after = cpu_times()
+    steal = steal_since(before)
     trained, figures = outputs[0], outputs[1]["heldout"]
-    total = after[1] - before[1]
     return {
         "seed": seed,
         "precision": trained["precision"],
@@ -50,7 +41,7 @@ def run(seed: int, minutes: float, precision: str) -> dict[str, float | str | in
         "pairs/s": trained["pairs_per_second"],
         **{f"t2i@{k}": figures["text_to_image"][f"recall@{k}"] for k in (1, 5, 10)},
         **{f"i2t@{k}": figures["image_to_text"][f"recall@{k}"] for k in (1, 5, 10)},
-        "steal": round((after[0] - before[0]) / total, 3) if total else 0.0,
+        "steal": round(steal, 3),
     }
 
 
@@ -68,10 +59,10 @@ def main() -> None:
             rows.append(run(seed, args.minutes, precision))
             if len(rows) == 1:
                 print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-            mark = " †" if float(rows[-1]["steal"]) > 0.1 else ""
+            mark = f" {MARK}" if float(rows[-1]["steal"]) > STEAL_LIMIT else ""
             print("| " + " | ".join(str(value) for value in rows[-1].values()) + f"{mark} |", flush=True)
     for precision in dict.fromkeys(row["precision"] for row in rows):
-        kept = [row for row in rows if row["precision"] == precision and float(row["steal"]) <= 0.1]
+        kept = [row for row in rows if row["precision"] == precision and float(row["steal"]) <= STEAL_LIMIT]
         for name in ("t2i@1", "t2i@10") if kept else ():
             value = median(float(row[name]) for row in kept)
             print(f"median {name}, {precision}: {value:.3f} ({len(kept)} runs)")

@@ -95,7 +95,10 @@ def gather_rows(local: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -
 
 
 def reduce_scatter_rows(values: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """The sum over the ranks of (M, …), of which each rank gets its own rows (n, …); no gradient."""
+    """The sum over the ranks of (M, …), of which each rank gets its own rows (n, …); no gradient.
+
+    `values` is overwritten.
+    """
     rank = group_rank(group)
     if values.is_cuda and "nccl" in dist.get_backend(group):
         padded = values.new_zeros(len(sizes), max(sizes), *values.shape[1:])

@@ -93,7 +93,6 @@ class Problem:
     bias: Tensor
     rule: Rule
     pairs: Pairs = Pairs()
-    both: bool = False
 
     @property
     def width(self) -> int:
@@ -136,12 +135,14 @@ def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / ‖x‖₂ of every row (…, 1), 0 for a row of zeros; squares neither overflow nor underflow."""
     found = []
     for rows in x.split(_ROWS_AT_ONCE):
-        rows = rows.to(dtype)
-        largest = rows.abs().amax(-1, keepdim=True)
-        largest = largest.masked_fill(largest == 0, 1.0)
-        length = torch.linalg.vector_norm(rows / largest, dim=-1, keepdim=True)
-        inverse = (length * largest).reciprocal_().clamp_(max=torch.finfo(dtype).max)
-        found.append(inverse.masked_fill_(length == 0, 0.0))
+        if rows.dtype == torch.float64 or rows.device.type == "mps":
+            largest = rows.abs().amax(-1, keepdim=True)
+            largest = largest.masked_fill(largest == 0, 1.0)
+            length = torch.linalg.vector_norm(rows / largest, dim=-1, keepdim=True) * largest
+        else:  # float64 holds the square of any narrower number
+            length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
+        inverse = length.reciprocal().clamp(max=torch.finfo(dtype).max)
+        found.append(inverse.masked_fill(length == 0, 0.0).to(dtype))
     return torch.cat(found)
 
 

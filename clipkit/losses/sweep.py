@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from clipkit.losses import links, whole_rows
+from clipkit.losses import fused, links, whole_rows
 from clipkit.losses.links import Rule, merge
 from clipkit.losses.problem import Candidates, Gradients, Problem
 from clipkit.losses.tiles import Rows, Tile
@@ -29,7 +29,10 @@ def wide(like: Tensor) -> torch.dtype:
 
 def _edges(problem: Problem, block: int | None) -> tuple[int, int]:
     """Rows and columns of a tile. A strip of whole rows has as many rows as the budget allows."""
-    scores = TILE_BYTES.get(problem.scale.device.type, 64 << 20) // problem.scale.element_size()
+    budget = TILE_BYTES.get(problem.scale.device.type, 64 << 20)
+    scores = budget // problem.scale.element_size()
+    if block is None and any(fused.takes(problem, candidates) for candidates in problem.candidates):
+        return fused.ROWS, fused.columns_at_once(budget, problem.rows.features.dtype)
     if problem.rule.whole_rows:
         return block or max(1, scores // max(1, problem.width)), max(1, problem.width)
     edge = block or int(scores**0.5)
@@ -42,9 +45,13 @@ def _slices(size: int, edge: int) -> list[slice]:
     return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
 
 
-def _tiles(problem: Problem, edge: int) -> Iterator[tuple[int, Candidates, slice]]:
+def _tiles(problem: Problem, at: slice, edge: int) -> Iterator[tuple[int, Candidates, slice]]:
     for number, block in enumerate(problem.candidates):
-        for columns in _slices(block.width, edge):
+        width = edge
+        if block.own:  # these features are as many as the scores times D
+            row = (at.stop - at.start) * block.features.shape[2] * problem.scale.element_size()
+            width = min(edge, max(1, KEPT_BYTES // max(1, row)))
+        for columns in _slices(block.width, width):
             yield number, block, columns
 
 
@@ -71,14 +78,19 @@ def forward(
             of_rows[:, at], seen = whole_rows.states(rows)
             sums += seen
             continue
-        for _, candidates, columns in _tiles(problem, width):
-            tile, seen = rows.tile(candidates, columns, rows.features(candidates, columns))
-            sums += seen
+        for _, candidates, columns in _tiles(problem, at, width):
             where = candidates.at(columns)
             below = None if of_columns is None else of_columns[:, where]
-            _take_in(tile, rows.log_weight(where), problem.rule, of_rows[:, at], below, kept is None)
-            if kept is not None:
-                kept.append(tile)
+            if fused.takes(problem, candidates):
+                mine, others, seen = fused.states(problem, at, candidates, columns, below is not None)
+                _merge_into(of_rows[:, at], mine)
+                _merge_into(below, others)
+            else:
+                tile, seen = rows.tile(candidates, columns, rows.features(candidates, columns))
+                _take_in(tile, rows.log_weight(where), problem.rule, of_rows[:, at], below, kept is None)
+                if kept is not None:
+                    kept.append(tile)
+            sums += seen
     return sums
 
 
@@ -99,6 +111,11 @@ def _take_in(
             new[links.COUNT_N].index_add_(0, index, torch.ones_like(tile.listed), alpha=-1)
             pick = tile.positive
             new = merge(new, links.positives(tile.listed[pick], index[pick], size, rule))
+        _merge_into(state, new)
+
+
+def _merge_into(state: Tensor | None, new: Tensor | None) -> None:
+    if state is not None and new is not None:
         state.copy_(merge(state, new))
 
 
@@ -122,7 +139,11 @@ def backward(
         if problem.rule.whole_rows:
             whole_rows.push(rows, need[0][:, at], into)
             continue
-        for number, candidates, columns in _tiles(problem, width):
+        for number, candidates, columns in _tiles(problem, at, width):
+            if fused.takes(problem, candidates):
+                parts = need[0][:, at], None if need[1] is None else need[1][:, candidates.at(columns)]
+                fused.push(problem, at, number, columns, parts, into)
+                continue
             k = rows.features(candidates, columns)
             tile = rows.tile(candidates, columns, k)[0] if again is None else next(again)
             slope = _slope(rows, tile, candidates.at(columns), need, into, again is None)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clipkit.hardware import cpu_multiplies_bfloat16
 from clipkit.losses.problem import Candidates, Gradients, Problem, part, ready
 
 
@@ -137,10 +138,24 @@ class Rows:
             if target is not None:
                 target += slope[:, :, None] * self.scaled_nD[:, None]
         else:
+            self._push_products(block, k, slope, mine, target)
+
+    def _push_products(
+        self, block: Candidates, k: Tensor, slope: Tensor, mine: Tensor | None, target: Tensor | None
+    ) -> None:
+        dtypes = {block.features.dtype, self.problem.rows.features.dtype}
+        if dtypes == {torch.bfloat16} and slope.device.type == "cpu" and cpu_multiplies_bfloat16():
+            # gradients are rounded to bfloat16 in the end: their products may be, as long as sums are wide
+            slope_nc = slope.bfloat16()
             if mine is not None:
-                mine.addmm_(slope, k)
+                mine += slope_nc @ k.bfloat16()
             if target is not None:
-                target.addmm_(slope.mT, self.scaled_nD)
+                target += slope_nc.mT @ self.scaled_nD.bfloat16()
+            return
+        if mine is not None:
+            mine.addmm_(slope, k)
+        if target is not None:
+            target.addmm_(slope.mT, self.scaled_nD)
 
     def _push_distances(
         self, block: Candidates, k: Tensor, slope: Tensor,

@@ -1,12 +1,10 @@
 """One of two gloo ranks that run `cached_backward` on unequal shares of a batch, and save what it left.
 
-Run as `python cached_worker.py RANK STORE OUT`; the ranks meet through the file STORE. The test imports this
-file too, to run the same step in one process. Collectives are counted by the process group itself.
+The test imports this file too, to run the same step in one process. Collectives are counted by the process
+group itself.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clipkit.errors import InputError
 from clipkit.losses import clip_loss
 from clipkit.losses.cached import cached_backward
+from tests.distributed.support import launch
 
 Group = dist.ProcessGroup | None
 Gradients = dict[str, Tensor | None]
@@ -140,12 +139,9 @@ def refusals(rows: slice, group: dist.ProcessGroup) -> dict[str, str]:
     }
 
 
-def main(rank: int, store: str, out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    group = dist.group.WORLD
+def work(rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Everything this rank finds out."""
     first: Any = dist.new_group([0])  # in a process outside of it, a number
-    assert group is not None
     rows = [slice(0, 7), slice(7, N)][rank]
     linear, x = nn.Linear(D, 2), batch(rows)[0]
     results: dict[str, Any] = {
@@ -158,10 +154,8 @@ def main(rank: int, store: str, out: Path) -> None:
         "refused": refusals(rows, group),
         "outside": refusal(lambda: cached_backward([linear], [x], torch.mean, chunk_size=2, group=first)),
     }
-    torch.save(results, out / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    launch(work, 2)

@@ -2,8 +2,8 @@
 
 Every fault is a small function that computes the faulty loss, or, with `repaired`, the same loss without that
 one fault; both differ from each other in one place. Beside it in `FAULTS` stands the call of clipkit that
-computes the same loss. Run as `python faults_worker.py FOLDER`: three gloo ranks run the table in groups of 2
-and 3 and save the gradients there. The test imports this file too, to run clipkit's in one process.
+computes the same loss. Three gloo ranks run the table in groups of 2 and 3 and save the gradients. The test
+imports this file too, to run clipkit's in one process.
 
 Every leaf is held by each rank as a parameter would be, a rank uses its own rows, and the mean of the ranks'
 gradients is what DDP forms. Batches are equally large on all ranks, as most of the faulty code demands.
@@ -11,20 +11,17 @@ gradients is what DDP forms. Batches are equally large on all ranks, as most of 
 Shapes: N = rows of all ranks, n = N / W rows of this rank, D = features, W = ranks.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 from clipkit import losses
+from tests.distributed.support import launch
 
 Leaves = dict[str, Tensor]
 Where = dict[str, Any]  # the arguments `group` and `exchange`; nothing in one process
@@ -245,19 +242,15 @@ def versions(fault: str, here: Here) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store, wait = f"file://{folder / 'store'}", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=max(SIZES), timeout=wait)
+def work(rank: int, _: dist.ProcessGroup) -> dict[str, Any]:
+    """Everything this rank finds out."""
     results = {}
     for size in SIZES:
-        group: Any = dist.new_group(list(range(size)))
+        members: Any = dist.new_group(list(range(size)))
         if rank < size:
-            results[str(size)] = {fault: versions(fault, Here(rank, size, group)) for fault in FAULTS}
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+            results[str(size)] = {fault: versions(fault, Here(rank, size, members)) for fault in FAULTS}
+    return results
 
 
 if __name__ == "__main__":
-    start_processes(main, (Path(sys.argv[1]),), nprocs=max(SIZES), start_method="fork")
+    launch(work, max(SIZES))

@@ -1,8 +1,6 @@
 """Four gloo ranks that run every case below in groups of 1, 2, 3 and 4 of them, and save the gradients.
 
-Run as `python losses_worker.py FOLDER`: torch is imported once, then the process forks into the ranks. They
-meet through a file in FOLDER, so there is no port to race for, and save there what they found. The test
-imports this file too, to run the same cases in one process.
+The test imports this file too, to run the same cases in one process.
 
 Every leaf (features, negatives, scale, bias) is held by each rank as a parameter would be; a rank uses its
 own rows. The mean of the ranks' gradients, which is what DDP forms, must then be the gradient of one process.
@@ -10,21 +8,18 @@ own rows. The mean of the ranks' gradients, which is what DDP forms, must then b
 Shapes: N = rows of all ranks, D = features, K = queue, m = own negatives of a row.
 """
 
-import sys
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit import losses
 from clipkit.errors import InputError
 from clipkit.losses import contrast
+from tests.distributed.support import launch
 
 Leaves = dict[str, Tensor]
 Where = dict[str, Any]  # the arguments `group` and `exchange`; nothing in one process
@@ -222,10 +217,8 @@ def run_all(rank: int, world: int, place: Where) -> dict[str, Any]:
     return results
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store, wait = f"file://{folder / 'store'}", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=4, timeout=wait)
+def work(rank: int, _: dist.ProcessGroup) -> dict[str, Any]:
+    """Everything this rank finds out."""
     # In a process outside of it a group is a number. All are made first: waiting for a group polls the store.
     groups: dict[int, Any] = {world: dist.new_group(MEMBERS[world]) for world in SIZES}
     p, results = leaves(torch.float32), {}
@@ -237,10 +230,8 @@ def main(rank: int, folder: Path) -> None:
                 if rank in MEMBERS[world]
                 else _or_refusal(lambda place=place: losses.clip_loss(p["x"], p["y"], scale=1.0, **place))
             )
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    start_processes(main, (Path(sys.argv[1]),), nprocs=4, start_method="fork")
+    launch(work, 4)

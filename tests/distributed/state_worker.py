@@ -1,12 +1,9 @@
 """One of two gloo ranks that keep a queue, a bank and a twin over unequal batches, and save what they hold.
 
-Run as `python state_worker.py RANK STORE OUT`; the ranks meet through the file STORE. The test imports this
-file too, to do the same in one process with the ranks' batches under one another.
+The test imports this file too, to do the same in one process with the ranks' batches under one another.
 """
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clipkit.errors import InputError
 from clipkit.losses import contrast
 from clipkit.state import Bank, Ema, Queue, cosine_decay
+from tests.distributed.support import launch
 
 Group = dist.ProcessGroup | None
 D, SAMPLES, STEPS = 4, 9, 6
@@ -118,11 +116,8 @@ def refusals(rank: int, group: dist.ProcessGroup, only_rank_0: Any) -> dict[str,
     return found
 
 
-def main(rank: int, store: str, out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    group = dist.group.WORLD
-    assert group is not None
+def work(rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Everything this rank finds out."""
     only_rank_0: Any = dist.new_group([0])  # in a process outside of it, a number
     results: dict[str, Any] = {
         "queue": {str(dtype): queue_states(rank, group, dtype) for dtype in DTYPES},
@@ -131,10 +126,8 @@ def main(rank: int, store: str, out: Path) -> None:
         "resumed": moco(rank, group, interrupted=True),
         "refusals": refusals(rank, group, only_rank_0),
     }
-    torch.save(results, out / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    launch(work, 2)

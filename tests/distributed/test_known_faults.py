@@ -5,47 +5,23 @@ differ from one process in the way that the fault predicts; the same lines witho
 must not. So a test here cannot pass by looking away.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-WORKER = Path(__file__).with_name("faults_worker.py")
+from tests.distributed import faults_worker as worker
+from tests.distributed.support import run
 
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("clipkit_faults_worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = _load()
 Gradients = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of three ranks of a real gloo group saved."""
-    folder, root = tmp_path_factory.mktemp("gloo"), WORKER.parents[2]
-    path = os.pathsep.join(x for x in (str(root), os.environ.get("PYTHONPATH", "")) if x)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder)],
-        cwd=root, env=environment, capture_output=True, text=True, timeout=180, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    return run(worker, tmp_path_factory.mktemp("gloo"), 3)
 
 
 class Comparison:

@@ -1,52 +1,19 @@
 """Two gloo processes with unequal batches hold the queue, bank and twin of one process, bit for bit alike."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from contextlib import ExitStack
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-WORKER = Path(__file__).with_name("state_worker.py")
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("clipkit_state_worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = _load()
+from tests.distributed import state_worker as worker
+from tests.distributed.support import run
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks of a real gloo group saved."""
-    folder, root = tmp_path_factory.mktemp("gloo"), WORKER.parents[2]
-    path = os.pathsep.join(x for x in (str(root), os.environ.get("PYTHONPATH", "")) if x)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with ExitStack() as stack:
-        processes = []
-        for rank in range(2):
-            log = stack.enter_context((folder / f"{rank}.log").open("w"))
-            command = [sys.executable, str(WORKER), str(rank), str(folder / "store"), str(folder)]
-            process = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            processes.append(process)
-        codes = [process.wait(timeout=180) for process in processes]
-    logs = "".join((folder / f"{rank}.log").read_text() for rank in range(2))
-    assert codes == [0, 0], logs
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return run(worker, tmp_path_factory.mktemp("gloo"), 2)
 
 
 def _same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from clipkit import losses, state
 from clipkit.config import Config, validate
 from clipkit.images import Preprocess
 from clipkit.models import ModelConfig
@@ -149,6 +150,23 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings}
+
+
+def test_the_code_about_losses_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "losses.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/losses.md", "exec"), names)  # one after the other, as a reader would
+    assert len(blocks) == 3
+    assert names["encoder"].weight.grad is not None  # type: ignore[attr-defined]
+    assert len(names["queue"]) == 3 * 64  # type: ignore[arg-type]
+
+
+def test_every_loss_is_named() -> None:
+    text = (DOCS / "losses.md").read_text(encoding="utf-8")
+    for name in (*losses.__all__, *state.__all__):
+        if name not in ("ContrastOutput", "mutual_information_bound", "similarity"):
+            assert f"`{name}" in text or f"import {name}" in text or f"{name}(" in text, name
 
 
 def test_every_page_is_in_the_list_of_pages() -> None:

@@ -5,20 +5,11 @@ everything else down, so `auto` asks the hardware. fp16 needs loss scaling and i
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 
 from clipkit.errors import ConfigError
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU has instructions that multiply bf16."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+from clipkit.hardware import cpu_multiplies_bfloat16
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -29,7 +20,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if cpu_has_bf16() else "fp32"
+    return "bf16" if cpu_multiplies_bfloat16() else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
