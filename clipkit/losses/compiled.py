@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clipkit.errors import InputError
-from clipkit.losses.engine import Leaves, Memory, Solution, Task, backward_pass, forward_pass
+from clipkit.losses.engine import Leaves, Memory, Solution, Task, backward_pass, forward_pass, inverses
 from clipkit.losses.links import Rule
 from clipkit.losses.sweep import wide
 
@@ -75,7 +75,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     leaves = Leaves(q, k, negatives, own, scale, bias, log_weight, log_noise)
     task = _task(tensors, words, flags, margin, block, k.shape[0])
-    memory = Memory(None, need, of_need if task.both else None, None)
+    memory = Memory(None, need, of_need if task.both else None, None, inverses(task, leaves, None))
     grads = backward_pass(task, leaves, memory, upstream, of_columns, wanted)
     return [scale.new_empty(0) if g is None else g for g in grads]
 

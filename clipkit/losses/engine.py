@@ -127,27 +127,49 @@ class Memory(NamedTuple):
     need: Tensor  # (5, N), see `links.finish`
     of_need: Tensor | None  # (5, all columns)
     kept: list[Tile] | None
+    inverses: "Inverses"
+
+
+class Inverses(NamedTuple):
+    """1 / length of rows and candidates, see `Side`; of k, that of all ranks, unless it comes in blocks."""
+
+    q: Tensor | None
+    k: Tensor | None
+    negatives: Tensor | None
+    own: Tensor | None
+
+
+def inverses(task: Task, leaves: Leaves, gathered: Tensor | None) -> Inverses:
+    """1 / lengths, where the similarity is the cosine."""
+    k = None if task.ring else leaves.k if gathered is None else gathered
+    return Inverses(*(_inverse(task, x, leaves.scale.dtype) for x in (leaves.q, k, *leaves[2:4])))
 
 
 def _inverse(task: Task, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return inverse_length(x, dtype) if task.similarity == "cosine" and x is not None else None
 
 
-def _base(task: Task, leaves: Leaves) -> Problem:
+def _base(task: Task, leaves: Leaves, known: Inverses) -> Problem:
     """The rows and the negatives; k comes later."""
-    dtype, start, blocks = leaves.scale.dtype, task.columns, []
-    for x, ids in ((leaves.negatives, task.negative_id), (leaves.own, task.own_id)):
+    start, blocks = task.columns, []
+    for x, ids, inverse in (
+        (leaves.negatives, task.negative_id, known.negatives),
+        (leaves.own, task.own_id, known.own),
+    ):
         if x is not None:
-            blocks.append(Candidates(x, start, ids, None, _inverse(task, x, dtype)))
+            blocks.append(Candidates(x, start, ids, None, inverse))
             start += blocks[-1].width
-    rows = Side(leaves.q, task.row_id, task.row_view, _inverse(task, leaves.q, dtype))
+    rows = Side(leaves.q, task.row_id, task.row_view, known.q)
     pairs = Pairs(task.positive, task.ignore, leaves.log_weight, leaves.log_noise)
     return Problem(rows, tuple(blocks), task.similarity, leaves.scale, leaves.bias, task.rule, pairs)
 
 
-def _with_columns(base: Problem, task: Task, k: Tensor, at: slice, alone: bool) -> Problem:
+def _with_columns(
+    base: Problem, task: Task, k: Tensor, at: slice, alone: bool, inverse: Tensor | None
+) -> Problem:
     """The problem with the columns `at` of all ranks' k, first; `alone`: without the negatives."""
-    inverse = _inverse(task, k, base.scale.dtype)
+    if task.ring:
+        inverse = _inverse(task, k, base.scale.dtype)
     columns = Candidates(k, at.start, task.column_id[at], task.column_view[at], inverse)
     if task.paired:
         columns = Candidates(
@@ -185,11 +207,12 @@ def forward_pass(task: Task, leaves: Leaves, keep: bool) -> tuple[Solution, Memo
         gathered = None
         if task.group is not None and task.together and not task.ring:
             gathered = gather_rows(leaves.k, task.sizes, task.group)
-        base = _base(task, leaves)
+        known = inverses(task, leaves, gathered)
+        base = _base(task, leaves, known)
         kept: list[Tile] | None = [] if keep and _keeps(task, base) else None
         sums = torch.zeros(2, dtype=sweep.wide(of_rows), device=of_rows.device)
         for turn, (k, at) in enumerate(_arrivals(task, leaves.k, gathered)):
-            problem = _with_columns(base, task, k, at, turn > 0)
+            problem = _with_columns(base, task, k, at, turn > 0, known.k)
             sums += sweep.forward(problem, task.block, kept, of_rows, of_columns)
         loss, counted, need = links.finish(of_rows, task.rule)
         solution, of_need = Solution(loss, counted, of_rows, sums), None
@@ -199,7 +222,7 @@ def forward_pass(task: Task, leaves: Leaves, keep: bool) -> tuple[Solution, Memo
             other, other_counted, of_need = links.finish(of_columns, task.rule)
             mine = [x[..., task.mine].clone() for x in (other, other_counted, of_columns)]
             solution = Solution(*solution[:4], *mine)
-        return solution, Memory(gathered, need, of_need, kept)
+        return solution, Memory(gathered, need, of_need, kept, known)
 
 
 @torch.no_grad()
@@ -234,6 +257,11 @@ def _keeps(task: Task, base: Problem) -> bool:
     return task.block is None and not task.ring and not task.rule.whole_rows and bytes_ <= sweep.KEPT_BYTES
 
 
+def _own(task: Task) -> slice:
+    """This rank's rows among the rows of k that came together here."""
+    return task.mine if task.together else slice(None)
+
+
 def _times(need: Tensor, upstream: Tensor | None) -> Tensor:
     need = need.clone()
     need[links.UPSTREAM] *= 0.0 if upstream is None else upstream
@@ -243,7 +271,8 @@ def _times(need: Tensor, upstream: Tensor | None) -> Tensor:
 def _gradients(
     task: Task, leaves: Leaves, memory: Memory, needs: tuple[Tensor, Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    want, dtype, base = Leaves._make(wanted), leaves.scale.dtype, _base(task, leaves)
+    want, dtype, known = Leaves._make(wanted), leaves.scale.dtype, memory.inverses
+    base = _base(task, leaves, known)
 
     def sums(x: Any, wanted: Any) -> Any:
         return torch.zeros(x.shape, dtype=dtype, device=x.device) if wanted else None
@@ -258,7 +287,8 @@ def _gradients(
         into.candidates += (
             [] if alone else [g for g, x in zip(others, leaves[2:4], strict=True) if x is not None]
         )
-        sweep.backward(_with_columns(base, task, k, at, alone), task.block, memory.kept, needs, into)
+        problem = _with_columns(base, task, k, at, alone, known.k)
+        sweep.backward(problem, task.block, memory.kept, needs, into)
         return k_grad
 
     if task.ring and task.group is not None:
@@ -274,10 +304,11 @@ def _gradients(
         if k_grad is not None and task.together and task.group is not None:
             k_grad = reduce_scatter_rows(k_grad, task.sizes, task.group)
     finish(base, into)
+    of_k = _inverse(task, leaves.k, dtype) if task.ring else None if known.k is None else known.k[_own(task)]
     found = [into.rows if want.q else None]
-    for x, gradient in zip(leaves[1:4], (k_grad, *others), strict=True):
+    for x, gradient, inverse in zip(leaves[1:4], (k_grad, *others), (of_k, *known[2:]), strict=True):
         if x is not None and gradient is not None:
-            gradient = through_length(gradient, x, _inverse(task, x, dtype))
+            gradient = through_length(gradient, x, inverse)
         found.append(gradient)
     narrow = [g if g is None or x is None else g.to(x.dtype) for g, x in zip(found, leaves[:4], strict=True)]
     return [*narrow, into.scale, into.bias, into.log_weight, into.log_noise]

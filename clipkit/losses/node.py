@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipkit.losses import compiled
 from clipkit.losses.compiled import refuse
-from clipkit.losses.engine import Leaves, Memory, Solution, Task, backward_pass, forward_pass
+from clipkit.losses.engine import Inverses, Leaves, Memory, Solution, Task, backward_pass, forward_pass
 from clipkit.losses.tiles import Tile
 
 
@@ -34,16 +34,17 @@ class _Contrast(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(x for i, x in enumerate(solution) if x is not None and i not in (0, 4)))
         ctx.task, ctx.kept = task, memory.kept is not None
-        ctx.save_for_backward(*tensors, *memory[:3], *(x for tile in memory.kept or () for x in tile))
+        flat = (x for tile in memory.kept or () for x in tile)
+        ctx.save_for_backward(*tensors, *memory[:3], *memory.inverses, *flat)
         return tuple(solution)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         saved = ctx.saved_tensors
-        leaves, flat, size = Leaves(*saved[:8]), saved[11:], len(Tile._fields)
+        leaves, flat, size = Leaves(*saved[:8]), saved[15:], len(Tile._fields)
         kept = [Tile(*flat[i : i + size]) for i in range(0, len(flat), size)] if ctx.kept else None
         gathered, need, of_need = saved[8:11]
-        memory = Memory(gathered, need, of_need, kept)
+        memory = Memory(gathered, need, of_need, kept, Inverses(*saved[11:15]))
         grads = backward_pass(ctx.task, leaves, memory, upstream[0], upstream[4], ctx.needs_input_grad[1:])
         if torch.is_grad_enabled():
             anchors = [x for x in (*upstream, *leaves) if x is not None and x.requires_grad]

@@ -147,7 +147,7 @@ def backward(
             k = rows.features(candidates, columns)
             tile = rows.tile(candidates, columns, k)[0] if again is None else next(again)
             slope = _slope(rows, tile, candidates.at(columns), need, into, again is None)
-            rows.push(number, columns, k, slope, into)
+            rows.push(number, columns, k, slope, into, tile)
 
 
 def _slope(

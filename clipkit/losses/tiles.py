@@ -102,6 +102,11 @@ class Rows:
         ids = None if block.id is None else block.id[self.at, columns] if block.own else block.id[columns]
         if not p.pairs.masks and (ids is None or _apart(rows_id, ids)):
             return none, none, none.bool()
+        if not p.pairs.masks and ids is not None and not block.own:
+            row, column = _equal(rows_id, ids)
+            if block.view is None:
+                return row, column, torch.zeros_like(row, dtype=torch.bool)
+            return row, column, p.rows.view[self.at][row] != block.view[columns][column]
         no = torch.zeros((), dtype=torch.bool, device=rows_id.device).expand(n, c)
         absent = no if ids is None else rows_id[:, None] == ids
         positive = no
@@ -122,7 +127,9 @@ class Rows:
         row, column = (positive | absent).nonzero(as_tuple=True)
         return row, column, positive[row, column]
 
-    def push(self, number: int, columns: slice, k: Tensor, slope: Tensor, into: Gradients) -> None:
+    def push(
+        self, number: int, columns: slice, k: Tensor, slope: Tensor, into: Gradients, tile: Tile | None = None
+    ) -> None:
         """Add a tile's part, given its dL/ds, to the gradients of these rows and of candidates `k`."""
         block, target = self.problem.candidates[number], into.candidates[number]
         if target is not None:
@@ -138,24 +145,41 @@ class Rows:
             if target is not None:
                 target += slope[:, :, None] * self.scaled_nD[:, None]
         else:
-            self._push_products(block, k, slope, mine, target)
+            self._push_products(block, k, slope, mine, target, tile)
 
     def _push_products(
-        self, block: Candidates, k: Tensor, slope: Tensor, mine: Tensor | None, target: Tensor | None
-    ) -> None:
-        dtypes = {block.features.dtype, self.problem.rows.features.dtype}
-        if dtypes == {torch.bfloat16} and slope.device.type == "cpu" and cpu_multiplies_bfloat16():
-            # gradients are rounded to bfloat16 in the end: their products may be, as long as sums are wide
-            slope_nc = slope.bfloat16()
-            if mine is not None:
-                mine += slope_nc @ k.bfloat16()
-            if target is not None:
-                target += slope_nc.mT @ self.scaled_nD.bfloat16()
+        self, block: Candidates, k: Tensor, slope: Tensor, mine: Tensor | None, target: Tensor | None,
+        tile: Tile | None,
+    ) -> None:  # fmt: skip
+        dtypes, device = {block.features.dtype, self.problem.rows.features.dtype}, slope.device.type
+        if dtypes == {torch.bfloat16} and device == "cpu" and tile is not None and cpu_multiplies_bfloat16():
+            self._push_narrow(k, slope, mine, target, tile)
             return
         if mine is not None:
             mine.addmm_(slope, k)
         if target is not None:
             target.addmm_(slope.mT, self.scaled_nD)
+
+    def _push_narrow(
+        self, k: Tensor, slope: Tensor, mine: Tensor | None, target: Tensor | None, tile: Tile
+    ) -> None:
+        """Products in bfloat16, which the gradients are rounded to in the end, with sums in float32.
+
+        Positives, whose few slopes are large, are left out of the products and added exactly.
+        """
+        row, column = tile.row[tile.positive], tile.column[tile.positive]
+        if row.numel() <= slope.shape[0]:
+            there = slope[row, column][:, None]
+            slope[row, column] = 0.0
+            if mine is not None:
+                mine.index_add_(0, row, there * k[column])
+            if target is not None:
+                target.index_add_(0, column, there * self.scaled_nD[row])
+        narrow = slope.bfloat16()
+        if mine is not None:
+            mine += narrow @ k.bfloat16()
+        if target is not None:
+            target += narrow.mT @ self.scaled_nD.bfloat16()
 
     def _push_distances(
         self, block: Candidates, k: Tensor, slope: Tensor,
@@ -174,6 +198,17 @@ class Rows:
         if target is not None:
             turned = (away.mT.contiguous(), k.contiguous(), x.contiguous(), 2.0, distance.mT.contiguous())
             target += torch.ops.aten._cdist_backward(*turned)
+
+
+def _equal(x_n: Tensor, y_c: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ids are equal, as two lists (E,): a join of sorted ids, which looks at no n × c pairs."""
+    ordered, order = y_c.sort(stable=True)
+    first, last = torch.searchsorted(ordered, x_n), torch.searchsorted(ordered, x_n, right=True)
+    counts = last - first
+    row = torch.arange(x_n.shape[0], device=x_n.device).repeat_interleave(counts)
+    before = (counts.cumsum(0) - counts)[row]
+    within = torch.arange(row.shape[0], device=x_n.device) - before
+    return row, order[first[row] + within]
 
 
 def _apart(x: Tensor, y: Tensor) -> bool:
