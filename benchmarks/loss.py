@@ -264,6 +264,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--infcl", action="store_true", help="compare with Inf-CL's figures on the CPU, too")
     parser.add_argument("--json", type=Path, help="write every run here")
     parser.add_argument("--plot", type=Path, help="write an SVG here")
+    parser.add_argument("--read", type=Path, nargs="+", help="only plot what --json wrote; later files win")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -272,6 +273,11 @@ def main() -> None:
     args = parse()
     if args.child:
         print(json.dumps(child(json.loads(args.child))))
+        return
+    if args.read:
+        read = [row for path in args.read for row in json.loads(path.read_text())["rows"]]
+        kept = {(row["method"], row["dtype"], row["n"]): row for row in read}
+        draw(args.plot, sorted(kept.values(), key=lambda row: row["n"]))
         return
     args.n = args.n or (N_CPU if args.device == "cpu" else N_CUDA)
     chip, limit = {}, 1e9 * (args.limit_gb or 20)
