@@ -18,7 +18,7 @@ from clipkit.distributed import exchange, gather_rows, unique_ids
 from clipkit.errors import InputError
 from clipkit.losses import checks
 from clipkit.losses.checks import Scalar
-from clipkit.losses.engine import Leaves, Task
+from clipkit.losses.engine import Exchange, Leaves, Task
 from clipkit.losses.links import Aggregate, Denominator, Link, Rule
 from clipkit.losses.problem import Side, Similarity
 
@@ -76,7 +76,9 @@ def sides(
     )
 
 
-def agreed(q_ND: Tensor, k_mD: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
+def agreed(
+    q_ND: Tensor, k_mD: Tensor, way: Exchange, group: dist.ProcessGroup
+) -> tuple[list[int], list[int]]:
     """Rows of q and of k of each rank, after making sure that the ranks mean the same."""
     facts = [
         q_ND.shape[0],
@@ -85,12 +87,13 @@ def agreed(q_ND: Tensor, k_mD: Tensor, group: dist.ProcessGroup) -> tuple[list[i
         q_ND.requires_grad,
         k_mD.requires_grad,
         q_ND.element_size(),
+        way == "ring",
     ]
     everyone = exchange([int(x) for x in facts], group, q_ND.device)
     if len({tuple(f[2:]) for f in everyone}) > 1:
         raise InputError(
             "the ranks of the group disagree about q and k: (features, q needs a gradient, k needs one, "
-            f"bytes of a number) are {[f[2:] for f in everyone]}"
+            f"bytes of a number, exchange is ring) are {[f[2:] for f in everyone]}"
         )
     for i, name in enumerate("qk"):
         if sum(f[i] for f in everyone) == 0:

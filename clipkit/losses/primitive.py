@@ -109,7 +109,8 @@ def contrast(
         does) is the gradient that one process with the whole batch has.
 
     Raises:
-        InputError: an argument has the wrong shape, dtype or value, or does not go with another one.
+        InputError: an argument has the wrong shape, dtype or value, or does not go with another one; or,
+            in backward, the loss is differentiated twice.
 
     References:
         Khosla et al. 2020, "Supervised Contrastive Learning", eq. 2 ("out") and 3 ("in"); van den Oord et
@@ -143,7 +144,7 @@ def contrast(
     rows, columns, single = prepare.sides(q, k, (q_id, k_id), (q_view, k_view), positive, group)
     rule = replace(rule, single=single or (paired and positive is None))
     together = None if paired else group
-    sizes = [[q.shape[0]], [k.shape[0]]] if together is None else prepare.agreed(q, k, together)
+    sizes = [[q.shape[0]], [k.shape[0]]] if together is None else prepare.agreed(q, k, exchange, together)
     column_id, column_view = prepare.identities(columns, sizes[1], together)
     task = Task(
         rows.id, rows.view, column_id, column_view, sizes[1], rule, similarity, paired,

@@ -213,6 +213,8 @@ def run_all(rank: int, world: int, place: Where) -> dict[str, Any]:
     results["frozen"] = _or_refusal(lambda: losses.clip_loss(frozen, p["y"], scale=1.0, **place).detach())
     width = D if rank == 0 else D - 1
     narrow = (p["x"][:, :width], p["y"][:, :width])
+    mixed = {**place, "exchange": EXCHANGES[rank % 2]}
+    results["ways"] = _or_refusal(lambda: losses.clip_loss(p["x"], p["y"], scale=1.0, **mixed).detach())
     results["width"] = _or_refusal(lambda: losses.clip_loss(*narrow, scale=1.0, **place).detach())
     return results
 

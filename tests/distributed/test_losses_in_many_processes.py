@@ -89,11 +89,12 @@ def test_a_rank_may_have_no_rows(ranks: list[dict[str, Any]]) -> None:
 
 def test_every_rank_refuses_when_the_ranks_disagree(ranks: list[dict[str, Any]]) -> None:
     if len(ranks) == 1:  # nobody to disagree with
-        assert all(isinstance(ranks[0][what], Tensor) for what in ("frozen", "width"))
+        assert all(isinstance(ranks[0][what], Tensor) for what in ("frozen", "width", "ways"))
         return
     for rank in ranks:
         assert "the ranks of the group disagree about q and k" in rank["frozen"]
         assert "the ranks of the group disagree about q and k" in rank["width"]
+        assert "exchange is ring" in rank["ways"]
 
 
 @pytest.mark.parametrize("group", GROUPS)
