@@ -134,6 +134,7 @@ def backward(
     """
     height, width = _edges(problem, block)
     again = None if kept is None else iter(kept)
+    rounds = problem.rule.link == "softmax" and problem.pairs.log_noise is None
     for at in _slices(problem.rows.features.shape[0], height):
         rows = Rows(problem, at)
         if problem.rule.whole_rows:
@@ -145,7 +146,11 @@ def backward(
                 fused.push(problem, at, number, columns, parts, into)
                 continue
             k = rows.features(candidates, columns)
-            tile = rows.tile(candidates, columns, k)[0] if again is None else next(again)
+            tile = next(again) if again is not None else None
+            if tile is None and rounds and rows.narrow(candidates):
+                tile = rows.rounded(candidates, columns, k)
+                rounds = tile is not None  # where one tile cannot be rounded, others cannot either
+            tile = tile or rows.tile(candidates, columns, k)[0]
             slope = _slope(rows, tile, candidates.at(columns), need, into, again is None)
             rows.push(number, columns, k, slope, into, tile)
 

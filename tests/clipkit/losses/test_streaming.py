@@ -199,11 +199,15 @@ def test_under_autocast_scores_stay_wide() -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.parametrize("scale", [4.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_features_lose_nothing_but_their_own_rounding(dtype: torch.dtype) -> None:
+def test_narrow_features_lose_nothing_but_their_own_rounding(
+    dtype: torch.dtype, scale: float, block: int | None
+) -> None:
     x, y = rows(40, 16, dtype)
     wide = [t.detach().double().requires_grad_() for t in (x, y)]
-    loss, right = both(x, y, 100.0), both(wide[0], wide[1], 100.0)
+    loss, right = both(x, y, scale, block=block), both(wide[0], wide[1], scale)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(right.item(), rel=1e-6)
     for a, b in zip(torch.autograd.grad(loss, [x, y]), torch.autograd.grad(right, wide), strict=True):
