@@ -26,7 +26,7 @@ class _Passing:
         rank, world = group_rank(group), dist.get_world_size(group)
         to = dist.get_global_rank(group, (rank + 1) % world)
         come = dist.get_global_rank(group, (rank - 1) % world)
-        self.dtype, self.sent = sent.dtype, sent.contiguous()  # kept until it has left
+        self.sent = sent.contiguous()  # kept until it has left
         self.received = torch.empty(shape, dtype=sent.dtype, device=sent.device)
         operations = []
         if self.sent.numel():

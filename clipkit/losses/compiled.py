@@ -16,7 +16,7 @@ from torch import Tensor
 from clipkit.errors import InputError
 from clipkit.losses.engine import Leaves, Memory, Solution, Task, backward_pass, forward_pass, inverses
 from clipkit.losses.links import Rule
-from clipkit.losses.sweep import wide
+from clipkit.losses.problem import wide
 
 
 def solve(task: Task, leaves: Leaves) -> Solution:

@@ -38,6 +38,7 @@ from clipkit.losses.problem import (
     finish,
     inverse_length,
     through_length,
+    wide,
 )
 from clipkit.losses.similarity import full_precision
 from clipkit.losses.tiles import Tile
@@ -92,7 +93,8 @@ class Task:
 
     @property
     def mine(self) -> slice:
-        return self.place(group_rank(self.group))
+        """This rank's rows of k among those that come together."""
+        return self.place(group_rank(self.group) if self.together else 0)
 
 
 class Leaves(NamedTuple):
@@ -210,7 +212,7 @@ def forward_pass(task: Task, leaves: Leaves, keep: bool) -> tuple[Solution, Memo
         known = inverses(task, leaves, gathered)
         base = _base(task, leaves, known)
         kept: list[Tile] | None = [] if keep and _keeps(task, base) else None
-        sums = torch.zeros(2, dtype=sweep.wide(of_rows), device=of_rows.device)
+        sums = torch.zeros(2, dtype=wide(of_rows), device=of_rows.device)
         for turn, (k, at) in enumerate(_arrivals(task, leaves.k, gathered)):
             problem = _with_columns(base, task, k, at, turn > 0, known.k)
             sums += sweep.forward(problem, task.block, kept, of_rows, of_columns)
@@ -257,11 +259,6 @@ def _keeps(task: Task, base: Problem) -> bool:
     return task.block is None and not task.ring and not task.rule.whole_rows and bytes_ <= sweep.KEPT_BYTES
 
 
-def _own(task: Task) -> slice:
-    """This rank's rows among the rows of k that came together here."""
-    return task.mine if task.together else slice(None)
-
-
 def _times(need: Tensor, upstream: Tensor | None) -> Tensor:
     need = need.clone()
     need[links.UPSTREAM] *= 0.0 if upstream is None else upstream
@@ -304,7 +301,7 @@ def _gradients(
         if k_grad is not None and task.together and task.group is not None:
             k_grad = reduce_scatter_rows(k_grad, task.sizes, task.group)
     finish(base, into)
-    of_k = _inverse(task, leaves.k, dtype) if task.ring else None if known.k is None else known.k[_own(task)]
+    of_k = _inverse(task, leaves.k, dtype) if task.ring else None if known.k is None else known.k[task.mine]
     found = [into.rows if want.q else None]
     for x, gradient, inverse in zip(leaves[1:4], (k_grad, *others), (of_k, *known[2:]), strict=True):
         if x is not None and gradient is not None:

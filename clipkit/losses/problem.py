@@ -103,7 +103,7 @@ class Problem:
 class Gradients:
     """Sums of gradients that the tiles add to; None where nobody wants one.
 
-    That of rows is of `Rows.scaled_nD`, those of candidates of the features at length 1.
+    That of rows is of `Rows.scaled`, those of candidates of the features at length 1.
     """
 
     rows: Tensor | None  # (N, D)
@@ -120,6 +120,11 @@ class Gradients:
         target = part(getattr(self, name), rows, columns)
         if target is not None:
             target += tile.sum_to_size(target.shape)
+
+
+def wide(like: Tensor) -> torch.dtype:
+    """The widest dtype of a device, for sums."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def part(x: Tensor | None, rows: slice, columns: slice) -> Tensor | None:

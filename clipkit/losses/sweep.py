@@ -15,28 +15,36 @@ from torch import Tensor
 
 from clipkit.losses import fused, links, whole_rows
 from clipkit.losses.links import Rule, merge
-from clipkit.losses.problem import Candidates, Gradients, Problem
+from clipkit.losses.problem import Candidates, Gradients, Problem, wide
 from clipkit.losses.tiles import Rows, Tile
 
 KEPT_BYTES = 64 << 20  # scores that may be kept for the second sweep
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # scores of a tile: what caches hold; what fills a GPU
 
 
-def wide(like: Tensor) -> torch.dtype:
-    """The widest dtype of a device, for sums."""
-    return torch.float32 if like.device.type == "mps" else torch.float64
+def _budget(problem: Problem) -> int:
+    return TILE_BYTES.get(problem.scale.device.type, 64 << 20)
 
 
-def _edges(problem: Problem, block: int | None) -> tuple[int, int]:
-    """Rows and columns of a tile. A strip of whole rows has as many rows as the budget allows."""
-    budget = TILE_BYTES.get(problem.scale.device.type, 64 << 20)
-    scores = budget // problem.scale.element_size()
-    if block is None and any(fused.takes(problem, candidates) for candidates in problem.candidates):
-        return fused.ROWS, fused.columns_at_once(budget, problem.rows.features.dtype)
+def _height(problem: Problem, block: int | None) -> int:
+    """Rows of a tile. A strip of whole rows has as many as the budget allows."""
+    scores = _budget(problem) // problem.scale.element_size()
+    if block is not None:
+        return block
     if problem.rule.whole_rows:
-        return block or max(1, scores // max(1, problem.width)), max(1, problem.width)
-    edge = block or int(scores**0.5)
-    return edge, edge
+        return max(1, scores // max(1, problem.width))
+    if any(fused.takes(problem, candidates) for candidates in problem.candidates):
+        return fused.ROWS
+    return int(scores**0.5)
+
+
+def _width(problem: Problem, candidates: Candidates, height: int, block: int | None) -> int:
+    """Columns of a tile."""
+    if block is not None:
+        return block
+    if fused.takes(problem, candidates):
+        return fused.columns_at_once(_budget(problem), problem.rows.features.dtype)
+    return max(1, _budget(problem) // problem.scale.element_size() // height)
 
 
 def _slices(size: int, edge: int) -> list[slice]:
@@ -45,14 +53,16 @@ def _slices(size: int, edge: int) -> list[slice]:
     return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
 
 
-def _tiles(problem: Problem, at: slice, edge: int) -> Iterator[tuple[int, Candidates, slice]]:
-    for number, block in enumerate(problem.candidates):
-        width = edge
-        if block.own:  # these features are as many as the scores times D
-            row = (at.stop - at.start) * block.features.shape[2] * problem.scale.element_size()
-            width = min(edge, max(1, KEPT_BYTES // max(1, row)))
-        for columns in _slices(block.width, width):
-            yield number, block, columns
+def _tiles(
+    problem: Problem, at: slice, height: int, block: int | None
+) -> Iterator[tuple[int, Candidates, slice]]:
+    for number, candidates in enumerate(problem.candidates):
+        width = _width(problem, candidates, height, block)
+        if candidates.own:  # these features are as many as the scores times D
+            row = (at.stop - at.start) * candidates.features.shape[2] * problem.scale.element_size()
+            width = min(width, max(1, KEPT_BYTES // max(1, row)))
+        for columns in _slices(candidates.width, width):
+            yield number, candidates, columns
 
 
 def forward(
@@ -71,14 +81,14 @@ def forward(
         The sums (2,) of scaled similarities over positive and over negative pairs.
     """
     sums = torch.zeros(2, dtype=wide(of_rows), device=of_rows.device)
-    height, width = _edges(problem, block)
+    height = _height(problem, block)
     for at in _slices(problem.rows.features.shape[0], height):
         rows = Rows(problem, at)
         if problem.rule.whole_rows:
             of_rows[:, at], seen = whole_rows.states(rows)
             sums += seen
             continue
-        for _, candidates, columns in _tiles(problem, at, width):
+        for _, candidates, columns in _tiles(problem, at, height, block):
             where = candidates.at(columns)
             below = None if of_columns is None else of_columns[:, where]
             if fused.takes(problem, candidates):
@@ -132,7 +142,7 @@ def backward(
         need: what `links.finish` left of the rows (5, N) and of all columns (5, M), times upstream gradients.
         into: where the gradients are summed.
     """
-    height, width = _edges(problem, block)
+    height = _height(problem, block)
     again = None if kept is None else iter(kept)
     rounds = problem.rule.link == "softmax" and problem.pairs.log_noise is None
     for at in _slices(problem.rows.features.shape[0], height):
@@ -140,7 +150,7 @@ def backward(
         if problem.rule.whole_rows:
             whole_rows.push(rows, need[0][:, at], into)
             continue
-        for number, candidates, columns in _tiles(problem, at, width):
+        for number, candidates, columns in _tiles(problem, at, height, block):
             if fused.takes(problem, candidates):
                 parts = need[0][:, at], None if need[1] is None else need[1][:, candidates.at(columns)]
                 fused.push(problem, at, number, columns, parts, into)

@@ -9,7 +9,8 @@ Shapes: N = rows, D = features, n, c = rows and columns of a tile, m = candidate
 along, E = pairs in a tile that are not plain negatives.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -42,14 +43,16 @@ class Rows:
 
     problem: Problem
     at: slice
-    unit_nD: Tensor = field(init=False)
-    scaled_nD: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        p = self.problem
-        inverse = None if p.rows.inverse is None else p.rows.inverse[self.at]
-        self.unit_nD = ready(p.rows.features[self.at], inverse, p.scale.dtype)
-        self.scaled_nD = self.unit_nD if p.similarity == "euclidean" else self.unit_nD * p.scale
+    @cached_property
+    def unit(self) -> Tensor:
+        rows = self.problem.rows
+        inverse = None if rows.inverse is None else rows.inverse[self.at]
+        return ready(rows.features[self.at], inverse, self.problem.scale.dtype)
+
+    @cached_property
+    def scaled(self) -> Tensor:
+        return self.unit if self.problem.similarity == "euclidean" else self.unit * self.problem.scale
 
     def features(self, block: Candidates, columns: slice) -> Tensor:
         """Candidates ready for products: (c, D), or (n, m, D)."""
@@ -59,22 +62,23 @@ class Rows:
 
     def narrow(self, block: Candidates) -> bool:
         """Whether products in bfloat16 lose nothing that the features have, and are faster."""
-        dtypes, device = {block.features.dtype, self.problem.rows.features.dtype}, self.unit_nD.device.type
+        dtypes, device = {block.features.dtype, self.problem.rows.features.dtype}, self.unit.device.type
         plain = not block.own and self.problem.similarity != "euclidean"
         return plain and dtypes == {torch.bfloat16} and device == "cpu" and cpu_multiplies_bfloat16()
 
     def rounded(self, block: Candidates, columns: slice, k: Tensor) -> Tile | None:
-        """`tile` with the scores of negatives rounded to bfloat16, or None where one is above 4.
+        """`tile` with the scores of negatives rounded to bfloat16, or None where one is not within ±4.
 
         Up to there their exponentials are right to 2⁻⁷ at worst, which slopes that are rounded to bfloat16
         next do not feel. Listed pairs are scored exactly.
         """
-        score = (self.scaled_nD.bfloat16() @ k.bfloat16().mT).float()
+        score = (self.scaled.bfloat16() @ k.bfloat16().mT).float()
         row, column, positive = self._listed(block, columns, block.at(columns))
-        score[row, column] = -torch.inf
-        if score.numel() and score.max() > 4.0:
+        score[row, column] = 0.0
+        if score.numel() and torch.stack(torch.aminmax(score)).abs().max() > 4.0:
             return None
-        listed = (self.scaled_nD[row] * k[column]).sum(1)
+        score[row, column] = -torch.inf
+        listed = (self.scaled[row] * k[column]).sum(1)
         return Tile(score, row, column, positive, listed)
 
     def tile(self, block: Candidates, columns: slice, k: Tensor) -> tuple[Tile, Tensor]:
@@ -107,17 +111,17 @@ class Rows:
         if self.problem.similarity == "euclidean":
             return self._distances(block, k).mul_(-self.problem.scale)
         if block.own:
-            return torch.bmm(k, self.scaled_nD[:, :, None])[:, :, 0]
-        return self.scaled_nD @ k.mT
+            return torch.bmm(k, self.scaled[:, :, None])[:, :, 0]
+        return self.scaled @ k.mT
 
     def _distances(self, block: Candidates, k: Tensor) -> Tensor:
-        x = self.unit_nD[:, None] if block.own else self.unit_nD
+        x = self.unit[:, None] if block.own else self.unit
         distance = torch.cdist(x, k, compute_mode="donot_use_mm_for_euclid_dist")
         return distance[:, 0] if block.own else distance
 
     def _listed(self, block: Candidates, columns: slice, where: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Row, column and kind of the pairs that are not plain negatives."""
-        p, n, c = self.problem, self.unit_nD.shape[0], columns.stop - columns.start
+        p, n, c = self.problem, self.unit.shape[0], columns.stop - columns.start
         rows_id, none = p.rows.id[self.at], p.rows.id.new_zeros(0)
         ids = None if block.id is None else block.id[self.at, columns] if block.own else block.id[columns]
         if not p.pairs.masks and (ids is None or _apart(rows_id, ids)):
@@ -163,7 +167,7 @@ class Rows:
             if mine is not None:
                 mine += torch.bmm(slope[:, None], k)[:, 0]
             if target is not None:
-                target += slope[:, :, None] * self.scaled_nD[:, None]
+                target += slope[:, :, None] * self.scaled[:, None]
         else:
             self._push_products(block, k, slope, mine, target, tile)
 
@@ -177,7 +181,7 @@ class Rows:
         if mine is not None:
             mine.addmm_(slope, k)
         if target is not None:
-            target.addmm_(slope.mT, self.scaled_nD)
+            target.addmm_(slope.mT, self.scaled)
 
     def _push_narrow(
         self, k: Tensor, slope: Tensor, mine: Tensor | None, target: Tensor | None, tile: Tile
@@ -193,18 +197,18 @@ class Rows:
             if mine is not None:
                 mine.index_add_(0, row, there * k[column])
             if target is not None:
-                target.index_add_(0, column, there * self.scaled_nD[row])
+                target.index_add_(0, column, there * self.scaled[row])
         narrow = slope.bfloat16()
         if mine is not None:
             mine += narrow @ k.bfloat16()
         if target is not None:
-            target += narrow.mT @ self.scaled_nD.bfloat16()
+            target += narrow.mT @ self.scaled.bfloat16()
 
     def _push_distances(
         self, block: Candidates, k: Tensor, slope: Tensor,
         mine: Tensor | None, target: Tensor | None, scale: Tensor | None,
     ) -> None:  # fmt: skip
-        x = self.unit_nD[:, None] if block.own else self.unit_nD
+        x = self.unit[:, None] if block.own else self.unit
         distance = self._distances(block, k)
         if scale is not None:
             scale.sub_((slope * distance).sum())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipkit.losses import links
 from clipkit.losses.links import Rule, log_sum_exp, positives, softplus
-from clipkit.losses.problem import Gradients
+from clipkit.losses.problem import Gradients, wide
 from clipkit.losses.tiles import Rows
 
 
@@ -81,17 +81,13 @@ def _hinge(strip: _Strip, counts: Tensor, rule: Rule) -> tuple[Tensor, Tensor, T
     ordered = score.sort(1).values
     below_nP = torch.searchsorted(ordered, mine_nP - rule.margin, right=True)
     within_nP = score.shape[1] - below_nP
-    total = ordered.masked_fill(ordered.isinf(), 0.0).to(_wide(score)).cumsum(1)
+    total = ordered.masked_fill(ordered.isinf(), 0.0).to(wide(score)).cumsum(1)
     total = torch.cat([torch.zeros_like(total[:, :1]), total], 1)
     above_nP = total[:, -1:] - total.gather(1, below_nP)
     terms_nP = torch.where(mine_nP.isinf(), 0.0, within_nP * (rule.margin - mine_nP) + above_nP)
     loss = (terms_nP.sum(1) / pairs).to(score.dtype)
     slope = torch.searchsorted(mine_nP.sort(1).values, score + rule.margin) / pairs[:, None]
     return loss, slope.to(score.dtype), -(within_nP / pairs[:, None])[strip.row, rank].to(score.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _rank(row_E: Tensor, n: int) -> Tensor:

@@ -212,7 +212,24 @@ def test_narrow_features_lose_nothing_but_their_own_rounding(
     assert loss.item() == pytest.approx(right.item(), rel=1e-6)
     for a, b in zip(torch.autograd.grad(loss, [x, y]), torch.autograd.grad(right, wide), strict=True):
         assert a.dtype == dtype
+        if dtype == torch.float16:  # bfloat16 gradients are products in bfloat16 on some processors
+            torch.testing.assert_close(a.double(), b, rtol=torch.finfo(dtype).eps, atol=1e-6)
         assert (a.double() - b).abs().max() <= torch.finfo(dtype).eps * b.abs().max()
+
+
+def test_narrow_scores_far_below_zero_are_not_rounded() -> None:
+    """What a softmax sees are differences: at −200 a bfloat16 score is wrong by a half."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.full((40, 1), 20.0), torch.randn(40, 15, generator=g)], 1).bfloat16()
+    y = torch.cat([torch.full((40, 1), -10.0), torch.randn(40, 15, generator=g)], 1).bfloat16()
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        p, q = x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
+        loss = contrast(p, q, similarity="inner_product", direction="both", block=16).loss
+        return torch.autograd.grad(loss, [p, q])
+
+    for a, b in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):
+        assert (a.double() - b).abs().max() <= torch.finfo(torch.bfloat16).eps * b.abs().max()
 
 
 def test_one_side_narrow_and_one_wide() -> None:
