@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipkit.losses.space import FRESH, Space
+
 Link = Literal["softmax", "logistic", "nce", "hinge", "pair", "align"]
 Denominator = Literal["all", "one", "neg"]
 Aggregate = Literal["out", "in"]
@@ -173,8 +175,9 @@ def finish(state: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def bulk_slope(
-    score: Tensor, log_weight: Tensor | None, rule: Rule, rows: Tensor, columns: Tensor | None, free: bool
-) -> Tensor:
+    score: Tensor, log_weight: Tensor | None, rule: Rule, rows: Tensor, columns: Tensor | None, free: bool,
+    space: Space = FRESH,
+) -> Tensor:  # fmt: skip
     """dL/ds of the negatives of a tile (n, c), 0 where `score` is −inf.
 
     Args:
@@ -184,10 +187,11 @@ def bulk_slope(
         rows: (5, n), what `finish` left, with the rows' upstream gradient.
         columns: (5, c), the same of the columns, for both directions.
         free: whether `score` may be overwritten.
+        space: where what is returned, and what is needed in between, may stand.
     """
-    out = score if free else torch.empty_like(score)
+    out = score if free else space.take("slope", tuple(score.shape), score.dtype, score)
     if rule.link == "softmax":
-        return _softmax_slope(score if log_weight is None else score + log_weight, rows, columns, out)
+        return _softmax_slope(score if log_weight is None else score + log_weight, rows, columns, out, space)
     if rule.link == "align":
         return out.zero_()
     up = rows[UPSTREAM, :, None]
@@ -200,17 +204,19 @@ def bulk_slope(
     return slope if log_weight is None else slope.mul_(log_weight.exp())
 
 
-def _softmax_slope(score: Tensor, rows: Tensor, columns: Tensor | None, out: Tensor) -> Tensor:
+def _softmax_slope(score: Tensor, rows: Tensor, columns: Tensor | None, out: Tensor, space: Space) -> Tensor:
     """g_i e^(s − R_i), plus g_j e^(s − R_j): from one exponential where the range of the R allows that."""
     reference, up = rows[REFERENCE], rows[UPSTREAM]
     if columns is None:
         return torch.sub(score, reference[:, None], out=out).exp_().mul_(up[:, None])
+    spare = space.take("spare", tuple(score.shape), score.dtype, score)
     if score.device.type == "cpu" and score.numel():
         high, low = reference.max(), torch.minimum(reference.min(), columns[REFERENCE].min())
         if float(high - low) <= _SPREAD:
             u, v = up * (high - reference).exp(), columns[UPSTREAM] * (high - columns[REFERENCE]).exp()
-            return torch.sub(score, high, out=out).exp_().mul_(u[:, None] + v)
-    second = (score - columns[REFERENCE]).exp_().mul_(columns[UPSTREAM])
+            both = torch.add(u[:, None], v, out=spare)
+            return torch.sub(score, high, out=out).exp_().mul_(both)
+    second = torch.sub(score, columns[REFERENCE], out=spare).exp_().mul_(columns[UPSTREAM])
     return torch.sub(score, reference[:, None], out=out).exp_().mul_(up[:, None]).add_(second)
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from clipkit.losses.links import Rule
+from clipkit.losses.space import FRESH, Space
 
 Similarity = Literal["cosine", "inner_product", "euclidean"]
-_ROWS_AT_ONCE = 4096
+_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}  # numbers of features that are widened at a time
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,17 @@ def part(x: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
     return x if x.dim() < 2 or x.shape[0] == 1 else x[rows]
 
 
+def _pieces(x: Tensor) -> list[slice]:
+    """Rows of features to be worked at together: what caches hold, or what fills a GPU."""
+    rows = max(1, _AT_ONCE.get(x.device.type, 1 << 24) // max(1, x[:1].numel()))
+    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
+
+
 def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / ‖x‖₂ of every row (…, 1), 0 for a row of zeros; squares neither overflow nor underflow."""
-    found = []
-    for rows in x.split(_ROWS_AT_ONCE):
+    found = [x.new_empty(0, *x.shape[1:-1], 1, dtype=dtype)]
+    for at in _pieces(x):
+        rows = x[at]
         if rows.dtype == torch.float64 or rows.device.type == "mps":
             largest = rows.abs().amax(-1, keepdim=True)
             largest = largest.masked_fill(largest == 0, 1.0)
@@ -151,18 +159,24 @@ def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat(found)
 
 
-def ready(x: Tensor, inverse: Tensor | None, dtype: torch.dtype) -> Tensor:
+def ready(x: Tensor, inverse: Tensor | None, dtype: torch.dtype, space: Space = FRESH) -> Tensor:
     """Features as they enter products: widened, and of length 1 where `inverse` says so."""
-    return x.to(dtype) if inverse is None else x.to(dtype) * inverse
+    if x.dtype == dtype and inverse is None:
+        return x
+    out = space.take("features", tuple(x.shape), dtype, x)
+    if x.dtype == dtype and inverse is not None:
+        return torch.mul(x, inverse, out=out)
+    out.copy_(x)
+    return out if inverse is None else out.mul_(inverse)
 
 
 def through_length(gradient: Tensor, x: Tensor, inverse: Tensor | None) -> Tensor:
     """In place: the gradient of features, given that of the same at length 1: (g − x̂⟨g, x̂⟩) / ‖x‖."""
     if inverse is None:
         return gradient
-    for g, rows, scale in zip(*(t.split(_ROWS_AT_ONCE) for t in (gradient, x, inverse)), strict=True):
-        unit = ready(rows, scale, g.dtype)
-        g.addcmul_(unit, (g * unit).sum(-1, keepdim=True), value=-1.0).mul_(scale)
+    for at in _pieces(x):
+        g, unit = gradient[at], ready(x[at], inverse[at], gradient.dtype)
+        g.addcmul_(unit, (g * unit).sum(-1, keepdim=True), value=-1.0).mul_(inverse[at])
     return gradient
 
 
@@ -171,8 +185,7 @@ def finish(problem: Problem, into: Gradients) -> None:
     if into.rows is None or problem.similarity == "euclidean":
         return
     x, inverse = problem.rows.features, problem.rows.inverse
-    for start in range(0, x.shape[0], _ROWS_AT_ONCE):
-        at = slice(start, start + _ROWS_AT_ONCE)
+    for at in _pieces(x):
         if into.scale is not None:
             unit = ready(x[at], None if inverse is None else inverse[at], problem.scale.dtype)
             into.scale += (into.rows[at] * unit).sum()

@@ -16,9 +16,11 @@ from torch import Tensor
 from clipkit.losses import fused, links, whole_rows
 from clipkit.losses.links import Rule, merge
 from clipkit.losses.problem import Candidates, Gradients, Problem, wide
+from clipkit.losses.space import FRESH, Space
 from clipkit.losses.tiles import Rows, Tile
 
-KEPT_BYTES = 64 << 20  # scores that may be kept for the second sweep
+KEPT_BYTES = 256 << 20  # scores that may be kept for the second sweep
+OWN_BYTES = 64 << 20  # features of candidates that each row brings along, widened at a time
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # scores of a tile: what caches hold; what fills a GPU
 
 
@@ -60,7 +62,7 @@ def _tiles(
         width = _width(problem, candidates, height, block)
         if candidates.own:  # these features are as many as the scores times D
             row = (at.stop - at.start) * candidates.features.shape[2] * problem.scale.element_size()
-            width = min(width, max(1, KEPT_BYTES // max(1, row)))
+            width = min(width, max(1, OWN_BYTES // max(1, row)))
         for columns in _slices(candidates.width, width):
             yield number, candidates, columns
 
@@ -81,9 +83,9 @@ def forward(
         The sums (2,) of scaled similarities over positive and over negative pairs.
     """
     sums = torch.zeros(2, dtype=wide(of_rows), device=of_rows.device)
-    height = _height(problem, block)
+    height, space = _height(problem, block), FRESH if kept is not None or problem.rule.whole_rows else Space()
     for at in _slices(problem.rows.features.shape[0], height):
-        rows = Rows(problem, at)
+        rows = Rows(problem, at, space)
         if problem.rule.whole_rows:
             of_rows[:, at], seen = whole_rows.states(rows)
             sums += seen
@@ -142,11 +144,11 @@ def backward(
         need: what `links.finish` left of the rows (5, N) and of all columns (5, M), times upstream gradients.
         into: where the gradients are summed.
     """
-    height = _height(problem, block)
+    height, space = _height(problem, block), FRESH if problem.rule.whole_rows else Space()
     again = None if kept is None else iter(kept)
     rounds = problem.rule.link == "softmax" and problem.pairs.log_noise is None
     for at in _slices(problem.rows.features.shape[0], height):
-        rows = Rows(problem, at)
+        rows = Rows(problem, at, space)
         if problem.rule.whole_rows:
             whole_rows.push(rows, need[0][:, at], into)
             continue
@@ -172,7 +174,7 @@ def _slope(
     rule, log_weight = rows.problem.rule, rows.log_weight(where)
     of_rows, of_columns = need[0][:, rows.at], None if need[1] is None else need[1][:, where]
     free = free and into.log_weight is None
-    slope = links.bulk_slope(tile.score, log_weight, rule, of_rows, of_columns, free)
+    slope = links.bulk_slope(tile.score, log_weight, rule, of_rows, of_columns, free, rows.space)
     if into.log_weight is not None:
         into.add("log_weight", links.weight_slope(tile.score, slope, rule), rows.at, where)
     if tile.row.numel():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clipkit.hardware import cpu_multiplies_bfloat16
 from clipkit.losses.problem import Candidates, Gradients, Problem, part, ready
+from clipkit.losses.space import FRESH, Space
 
 
 class Tile(NamedTuple):
@@ -39,10 +40,14 @@ class Tile(NamedTuple):
 
 @dataclass
 class Rows:
-    """A slice of the rows of a problem, ready for products."""
+    """A slice of the rows of a problem, ready for products.
+
+    With a `space` to reuse, candidates' features and scores are overwritten by those of the next tile.
+    """
 
     problem: Problem
     at: slice
+    space: Space = FRESH
 
     @cached_property
     def unit(self) -> Tensor:
@@ -54,11 +59,15 @@ class Rows:
     def scaled(self) -> Tensor:
         return self.unit if self.problem.similarity == "euclidean" else self.unit * self.problem.scale
 
+    @cached_property
+    def scaled_narrow(self) -> Tensor:
+        return self.scaled.bfloat16()
+
     def features(self, block: Candidates, columns: slice) -> Tensor:
         """Candidates ready for products: (c, D), or (n, m, D)."""
         at = (self.at, columns) if block.own else columns
         inverse = None if block.inverse is None else block.inverse[at]
-        return ready(block.features[at], inverse, self.problem.scale.dtype)
+        return ready(block.features[at], inverse, self.problem.scale.dtype, self.space)
 
     def narrow(self, block: Candidates) -> bool:
         """Whether products in bfloat16 lose nothing that the features have, and are faster."""
@@ -72,13 +81,18 @@ class Rows:
         Up to there their exponentials are right to 2⁻⁷ at worst, which slopes that are rounded to bfloat16
         next do not feel. Listed pairs are scored exactly.
         """
-        score = (self.scaled.bfloat16() @ k.bfloat16().mT).float()
+        narrow = self._take("narrow", (self.scaled.shape[0], k.shape[0]), torch.bfloat16)
+        torch.mm(self.scaled_narrow, self._narrowed(k).mT, out=narrow)
+        score = self._take("score", tuple(narrow.shape)).copy_(narrow)
         row, column, positive = self._listed(block, columns, block.at(columns))
-        score[row, column] = 0.0
+        if row.numel():
+            score[row, column] = 0.0
         if score.numel() and torch.stack(torch.aminmax(score)).abs().max() > 4.0:
             return None
-        score[row, column] = -torch.inf
-        listed = (self.scaled[row] * k[column]).sum(1)
+        listed = score.new_zeros(0)
+        if row.numel():
+            score[row, column] = -torch.inf
+            listed = (self.scaled[row] * k[column]).sum(1)
         return Tile(score, row, column, positive, listed)
 
     def tile(self, block: Candidates, columns: slice, k: Tensor) -> tuple[Tile, Tensor]:
@@ -112,7 +126,13 @@ class Rows:
             return self._distances(block, k).mul_(-self.problem.scale)
         if block.own:
             return torch.bmm(k, self.scaled[:, :, None])[:, :, 0]
-        return self.scaled @ k.mT
+        return torch.mm(self.scaled, k.mT, out=self._take("score", (self.scaled.shape[0], k.shape[0])))
+
+    def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        return self.space.take(name, shape, dtype or self.problem.scale.dtype, self.unit)
+
+    def _narrowed(self, k: Tensor) -> Tensor:
+        return self._take("narrow features", tuple(k.shape), torch.bfloat16).copy_(k)
 
     def _distances(self, block: Candidates, k: Tensor) -> Tensor:
         x = self.unit[:, None] if block.own else self.unit
@@ -191,18 +211,21 @@ class Rows:
         Positives, whose few slopes are large, are left out of the products and added exactly.
         """
         row, column = tile.row[tile.positive], tile.column[tile.positive]
-        if row.numel() <= slope.shape[0]:
+        if 0 < row.numel() <= slope.shape[0]:
             there = slope[row, column][:, None]
             slope[row, column] = 0.0
             if mine is not None:
                 mine.index_add_(0, row, there * k[column])
             if target is not None:
                 target.index_add_(0, column, there * self.scaled[row])
-        narrow = slope.bfloat16()
-        if mine is not None:
-            mine += narrow @ k.bfloat16()
-        if target is not None:
-            target += narrow.mT @ self.scaled.bfloat16()
+        narrow = self._take("narrow", tuple(slope.shape), torch.bfloat16).copy_(slope)
+        for target_xD, left, right_xD in (
+            (mine, narrow, None if mine is None else self._narrowed(k)),
+            (target, narrow.mT, self.scaled_narrow),
+        ):
+            if target_xD is not None and right_xD is not None:
+                out = self._take("narrow product", tuple(target_xD.shape), torch.bfloat16)
+                target_xD += torch.mm(left, right_xD, out=out)
 
     def _push_distances(
         self, block: Candidates, k: Tensor, slope: Tensor,

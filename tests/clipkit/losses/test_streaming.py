@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipkit import losses
 from clipkit.errors import InputError
-from clipkit.losses import contrast
+from clipkit.losses import contrast, sweep
 
 LABELS = torch.tensor([0, 1, 2, 0, 3, 1, 4, 0, 2, 5, 3, 1, 6, 7, 2])
 
@@ -58,8 +58,9 @@ LARGE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_no_matrix_of_all_pairs_exists_or_is_saved(name: str) -> None:
-    """4,200² scores are more than may be kept: none of the tensors has a quarter of them."""
+def test_no_matrix_of_all_pairs_exists_or_is_saved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,200² scores are more than may be kept here: none of the tensors has a quarter of them."""
+    monkeypatch.setattr(sweep, "KEPT_BYTES", 64 << 20)
     x, y = rows(4200, 4, torch.float32)
     saved: list[int] = []
 
