@@ -79,7 +79,7 @@ class Embedder:
         if isinstance(images, bytes | bytearray | str | Path | Image.Image):
             raise InputError(f"expected a list of pictures, got {type(images).__name__}")
         batches = (
-            torch.stack([self.prepare(image, f"image {start + i}") for i, image in enumerate(batch)])
+            torch.stack([self.prepare(image, _name(image, start + i)) for i, image in enumerate(batch)])
             for start, batch in self._batches(images)
         )
         return self._collect(batches, self.embed_pixels)
@@ -105,8 +105,11 @@ class Embedder:
         """One picture decoded and resized for the model, uint8 (3, S, S). Raises: as `images`."""
         # a picture that is already in memory has been let in by whoever opened it
         max_pixels = sys.maxsize if isinstance(image, Image.Image) else self.max_pixels
-        decoded = decode_image(image, max_pixels=max_pixels, max_bytes=self.max_bytes, name=name)
-        return self.model.preprocess.uint8(decoded)
+        preprocess, max_bytes = self.model.preprocess, self.max_bytes
+        decoded = decode_image(
+            image, max_pixels=max_pixels, max_bytes=max_bytes, name=name, min_side=preprocess.min_side
+        )
+        return preprocess.uint8(decoded)
 
     def embed_pixels(self, pixels_N3SS: Tensor) -> np.ndarray:
         """Unit vectors, float32 (n, D), of one batch of pictures from `prepare`."""
@@ -163,3 +166,8 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train()
+
+
+def _name(image: ImageInput, position: int) -> str:
+    """What to call a picture in messages."""
+    return str(image) if isinstance(image, str | Path) else f"image {position}"

@@ -1,61 +1,40 @@
 """Pictures: from untrusted bytes to one fixed-size tensor.
 
-`decode_image` is the one door through which a picture enters: a short list of formats, limits that are
-checked before any pixel is decoded, a full decode, and an upright RGB picture at the end or an `ImageError`
-that says why not. `Preprocess` is what a model wants to see (size, resize rule, mean, standard deviation);
-it is part of the model, since other pixels give other embeddings. Resizing is Pillow's, as in the models' own
-training, and stays uint8; the normalisation to float runs wherever the model runs.
+`decode_image` is the one door through which a picture enters: the checks of `clipkit.encoded`, a full decode,
+and an upright RGB picture at the end or an `ImageError` that says why not. `Preprocess` is what a model wants
+to see (size, resize rule, mean, standard deviation); it is part of the model, since other pixels give other
+embeddings. Resizing is Pillow's, as in the models' own training, and stays uint8; the normalisation to float
+runs wherever the model runs. `clipkit.decode` is the fast way from bytes to the same pixels.
 
 Shapes: N pictures, H height, W width, S model's picture size.
 """
 
-from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from annotated_types import Gt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from clipkit.config import Config
+from clipkit.encoded import MAX_BYTES, MAX_PIXELS, check_bytes, check_pixels, open_image, orientation, shrink
 from clipkit.errors import ImageError, InputError, NotFoundError
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MAX_BYTES = 100_000_000
-MAX_PIXELS = 64_000_000  # the largest phone cameras; 192 MB decoded. A service should set less
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# First bytes of the accepted formats, and of others that people try: a good message names what it found.
-_ACCEPTED = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM", b"GIF8")
-_REFUSED = (
-    (0, b"II*\x00", "a TIFF picture"),
-    (0, b"MM\x00*", "a TIFF picture"),
-    (4, b"ftypheic", "a HEIC picture"),
-    (4, b"ftypmif1", "a HEIF picture"),
-    (4, b"ftypavif", "an AVIF picture"),
-    (0, b"%PDF", "a PDF document"),
-    (0, b"<svg", "an SVG drawing"),
-    (0, b"<?xml", "an XML document"),
-    (0, b"<!DOCTYPE", "an HTML page"),
-    (0, b"<html", "an HTML page"),
-    (0, b"8BPS", "a Photoshop file"),
-    (0, b"%!PS", "a PostScript document"),
-)
 
 # A picture longer than this many times its short side is cut to that before it is scaled: the centre crop
 # drops the rest anyway, and scaling a 1 × 16,000,000 strip to 224 rows would need terabytes.
 _MAX_ASPECT = 16
 
-_ORIENTATION = 0x0112
-
 ImageInput = bytes | bytearray | memoryview | str | Path | Image.Image | np.ndarray
 Interpolation = Literal["bicubic", "bilinear"]
+JpegScale = Literal["full", "2x", "1x"]
 Channels = tuple[float, float, float]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as Pillow has it
 
 
 def decode_image(
@@ -65,6 +44,7 @@ def decode_image(
     max_bytes: int = MAX_BYTES,
     name: str = "image",
     alpha: bool = False,
+    min_side: int | None = None,
 ) -> Image.Image:
     """An upright RGB picture, fully decoded.
 
@@ -78,6 +58,8 @@ def decode_image(
         max_bytes: Largest encoded size.
         name: What to call the picture in messages.
         alpha: Keep transparency where there is any; `over_white` lays such a picture over white.
+        min_side: `Preprocess.min_side` of the model that will see the picture: an encoded JPEG is decoded
+            at the smallest of 1/1, 1/2, 1/4, 1/8 that leaves its short side this many pixels.
 
     Returns:
         A Pillow picture of mode RGB; with `alpha`, RGBA where the picture has transparency.
@@ -88,8 +70,8 @@ def decode_image(
         NotFoundError: `data` is a path and no file is there.
     """
     if isinstance(data, Image.Image):
-        _check_pixels(data.size, max_pixels, name)
-        return _decoded(data, name, alpha)
+        check_pixels(data.size, max_pixels, name)
+        return load_image(data, name, alpha=alpha)
     if isinstance(data, np.ndarray):
         return _from_array(data, max_pixels, name)
     if isinstance(data, str | Path):
@@ -97,50 +79,18 @@ def decode_image(
         data = _read(Path(data), max_bytes, name)
     if not isinstance(data, bytes | bytearray | memoryview):
         raise InputError(f"{name}: expected bytes, a path, a picture or an array, got {type(data).__name__}")
-    if len(data) == 0:
-        raise ImageError(f"{name} is empty (0 bytes)", "empty")
-    if len(data) > max_bytes:
-        raise ImageError(f"{name} has {len(data):,} bytes; at most {max_bytes:,} are accepted", "too_large")
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name} has more than {max_pixels:,} pixels", "too_large") from error
-    except UnidentifiedImageError as error:
-        raise _unidentified(bytes(data[:16]), name) from error
-    except Exception as error:  # Pillow's parsers raise many kinds on hostile headers
-        raise ImageError(f"{name} cannot be decoded: {error}", "undecodable") from error
-    _check_pixels(image.size, max_pixels, name)
-    return _decoded(image, name, alpha)
+    image = open_image(data, max_pixels=max_pixels, max_bytes=max_bytes, name=name)
+    if min_side is not None:
+        shrink(image, min_side)
+    return load_image(image, name, alpha=alpha)
 
 
 def _read(path: Path, max_bytes: int, name: str) -> bytes:
     """The bytes of a file, whose size is checked before it is read."""
     if not path.is_file():
         raise NotFoundError(f"no such file: {path}")
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise ImageError(f"{name} has {size:,} bytes; at most {max_bytes:,} are accepted", "too_large")
+    check_bytes(path.stat().st_size, max_bytes, name)
     return path.read_bytes()
-
-
-def _check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{name} is {width} × {height} pixels; at most {max_pixels:,} pixels are accepted",
-            "too_large",
-            hint="scale it down first",
-        )
-
-
-def _unidentified(head: bytes, name: str) -> ImageError:
-    """Why Pillow knew none of the five formats in these first bytes."""
-    if head.startswith(_ACCEPTED):
-        return ImageError(f"{name} cannot be decoded: its header is damaged or cut off", "undecodable")
-    for offset, magic, what in _REFUSED:
-        if head[offset:].lower().startswith(magic.lower()):
-            return ImageError(f"{name} is {what}; accepted are {', '.join(FORMATS)}", "format")
-    return ImageError(f"{name} is no picture in a format that is accepted: {', '.join(FORMATS)}", "format")
 
 
 def _from_array(array: np.ndarray, max_pixels: int, name: str) -> Image.Image:
@@ -150,12 +100,16 @@ def _from_array(array: np.ndarray, max_pixels: int, name: str) -> Image.Image:
         )
     if array.size == 0:
         raise ImageError(f"{name} is empty: its shape is {array.shape}", "empty")
-    _check_pixels((array.shape[1], array.shape[0]), max_pixels, name)
+    check_pixels((array.shape[1], array.shape[0]), max_pixels, name)
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _decoded(image: Image.Image, name: str, alpha: bool) -> Image.Image:
-    """Decode every pixel of the first frame and bring it to upright RGB, or RGBA if that is wanted."""
+def load_image(image: Image.Image, name: str = "image", *, alpha: bool = False) -> Image.Image:
+    """Every pixel of the first frame as upright RGB, or RGBA if `alpha` and there is any.
+
+    Raises:
+        ImageError: The picture is damaged or cut off ("undecodable").
+    """
     try:
         image.load()
         upright = _upright(image)
@@ -180,15 +134,22 @@ def over_white(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation says; unreadable EXIF is no reason to refuse pixels."""
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image
-    except Exception:  # the EXIF parser fails in as many ways as there are broken cameras
+        return image if orientation(image) == 1 else ImageOps.exif_transpose(image)
+    except Exception:  # it writes the EXIF anew, and fails on what it cannot write
         return image
 
 
 def _grey16_to_8(grey_HW: np.ndarray) -> np.ndarray:
     """16-bit grey levels as 8 bits: Pillow's own conversion clips at 255 instead of scaling."""
     return (np.clip(grey_HW.astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
+
+
+class Fit(NamedTuple):
+    """How one picture becomes S × S: cut `box` out, scale it to `size`, cut S × S out at `corner`."""
+
+    box: Box
+    size: tuple[int, int]  # width, height
+    corner: tuple[int, int]  # left, top
 
 
 class Preprocess(Config):
@@ -202,6 +163,9 @@ class Preprocess(Config):
         interpolation: "bicubic" or "bilinear", always with antialiasing.
         resize: "shortest" scales the short side and cuts the centre out; "squash" scales both sides to S.
         resize_size: With "shortest", the length to which the short side is scaled (default: `size`).
+        jpeg_scale: "full" decodes JPEGs whole. "2x" and "1x" decode them at the smallest DCT scale that
+            leaves the short side twice or once the length to which it is scaled: faster for large pictures,
+            and slightly other pixels.
     """
 
     size: Annotated[int, Field(ge=1, le=4096)] = 224
@@ -210,6 +174,8 @@ class Preprocess(Config):
     interpolation: Interpolation = "bicubic"
     resize: Literal["shortest", "squash"] = "shortest"
     resize_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    # left out where it changes nothing: fingerprints of models from before it was there stay as they are
+    jpeg_scale: Annotated[JpegScale, Field(exclude_if=lambda scale: scale == "full")] = "full"
 
     @model_validator(mode="after")
     def _resize_size_fits(self) -> Self:
@@ -217,18 +183,29 @@ class Preprocess(Config):
             raise ValueError('resize_size needs resize "shortest" and at least the length of size')
         return self
 
+    @property
+    def min_side(self) -> int | None:
+        """The length in pixels that decoding must leave a JPEG's short side; None decodes it whole."""
+        times = {"full": 0, "2x": 2, "1x": 1}[self.jpeg_scale]
+        return times * (self.resize_size or self.size) or None
+
+    def fit(self, width: int, height: int) -> Fit:
+        """How an upright picture of that size becomes S × S."""
+        whole, side = (0, 0, width, height), self.size
+        if self.resize == "squash":
+            return Fit(whole, (side, side), (0, 0))
+        box = _without_ends(width, height)
+        width, height = box[2] - box[0], box[3] - box[1]
+        target, short = self.resize_size or side, min(width, height)
+        size = (_scaled(width, short, target), _scaled(height, short, target))
+        return Fit(box, size, (round((size[0] - side) / 2), round((size[1] - side) / 2)))
+
     def uint8(self, image: Image.Image) -> Tensor:
         """One RGB picture as uint8 (3, S, S): resized and cropped, not normalised."""
-        filter_ = Image.Resampling[self.interpolation.upper()]
-        side = self.size
-        if self.resize == "squash":
-            return _tensor(image.resize((side, side), filter_))
-        image = _without_ends(image)
-        target, short = self.resize_size or side, min(image.size)
-        width, height = (target if length == short else int(target * length / short) for length in image.size)
-        resized = image.resize((width, height), filter_)
-        left, top = round((width - side) / 2), round((height - side) / 2)
-        return _tensor(resized.crop((left, top, left + side, top + side)))
+        (box, size, (left, top)), side = self.fit(*image.size), self.size
+        part = image if box == (0, 0, *image.size) else image.crop(box)
+        resized = part.resize(size, Image.Resampling[self.interpolation.upper()])
+        return pixels(resized.crop((left, top, left + side, top + side))).contiguous()
 
     def normalize(self, pixels_NCSS: Tensor) -> Tensor:
         """uint8 (N, 3, S, S) as normalised float32 (N, 3, S, S), on the same device."""
@@ -247,16 +224,18 @@ class Preprocess(Config):
         return self.normalize(torch.stack([self.uint8(image) for image in images]))
 
 
-def _tensor(image: Image.Image) -> Tensor:
-    """A picture's pixels as uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def pixels(image: Image.Image) -> Tensor:
+    """A copy of an RGB picture's pixels as uint8 (3, H, W), the channels innermost in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _without_ends(image: Image.Image) -> Image.Image:
-    """A very long picture cut to its middle; see `_MAX_ASPECT`."""
-    short, long = min(image.size), max(image.size)
-    if long <= short * _MAX_ASPECT:
-        return image
-    width, height = (min(side, short * _MAX_ASPECT) for side in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+def _scaled(length: int, short: int, target: int) -> int:
+    return target if length == short else int(target * length / short)
+
+
+def _without_ends(width: int, height: int) -> Box:
+    """The middle of a very long picture; see `_MAX_ASPECT`."""
+    most = min(width, height) * _MAX_ASPECT
+    wide, high = min(width, most), min(height, most)
+    left, top = (width - wide) // 2, (height - high) // 2
+    return left, top, left + wide, top + high

@@ -54,7 +54,6 @@ def _run(args: argparse.Namespace) -> int:
     if args.top_k is not None and args.top_k < 1:
         raise InputError(f"--top-k is {args.top_k}, not 1 or more")
     from clipkit.embedder import Embedder
-    from clipkit.images import decode_image
     from clipkit.zero_shot import ZeroShotClassifier
 
     embedder = Embedder(args.model, device=args.device)
@@ -64,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     failed = 0
     for file in args.files:
         try:
-            scores = classifier.classify([decode_image(file, name=str(file))], top_k=args.top_k)[0]
+            scores = classifier.classify([file], top_k=args.top_k)[0]
         except ClipkitError as error:
             failed += 1
             complain(error.message, error.hint, code=1)

@@ -39,7 +39,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.text is not None and not args.text.strip():
         raise InputError("the text is empty")
     check_k(args.k)
-    picture = decode_image(args.image, name=str(args.image)) if args.image is not None else None
+    picture = args.image
+    if picture is not None:
+        decode_image(picture, name=str(picture))  # a bad file is said before a model is loaded
     with Index.open(args.index) as index:
         embedder = _embedder(index, args.model, args.device)
         query_1D = embedder.texts([str(args.text)]) if picture is None else embedder.images([picture])

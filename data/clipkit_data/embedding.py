@@ -63,7 +63,7 @@ class _Decoder:
             key = self.source.key(position)
             try:
                 record = self.source[position]
-                image = decode_image(record.image, name=key, alpha=True)
+                image = decode_image(record.image, name=key, alpha=True, min_side=self.preprocess.min_side)
             except ImageError as error:
                 rows.faults.append(SampleFault(position, key, picture_reason(error), error.message))
                 continue

@@ -12,17 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from clipkit.decode import CropOf, read_picture
 from clipkit.errors import DataError, ImageError
-from clipkit.images import Preprocess, decode_image
+from clipkit.images import Preprocess
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.records import Record, RecordError, SampleFault
 from clipkit_data.shards import picture_reason
 from clipkit_data.workers import in_workers
 
 
-def load_picture(record: Record, preprocess: Preprocess) -> Tensor:
+def load_picture(record: Record, preprocess: Preprocess, crop: CropOf | None = None) -> Tensor:
     """A record's picture as uint8 (3, S, S). Raises: ImageError."""
-    return preprocess.uint8(decode_image(record.image, name=record.key))
+    return read_picture(record.image, preprocess, name=record.key, crop=crop)
 
 
 class Samples:
@@ -43,8 +44,13 @@ class Samples:
         self._kept: dict[int, tuple[Tensor, Record]] = {}
         self._bad: dict[int, SampleFault] = {}
 
-    def load(self, position: int) -> tuple[Tensor, Record] | SampleFault:
-        """The picture uint8 (3, S, S) and the record (its `image` emptied), or why there is none."""
+    def load(self, position: int, crop: CropOf | None = None) -> tuple[Tensor, Record] | SampleFault:
+        """The picture uint8 (3, S, S) and the record (its `image` emptied), or why there is none.
+
+        Args:
+            position: In the dataset.
+            crop: The box to cut out of the picture; None takes what the preprocessing does.
+        """
         if position in self._bad:
             return self._bad[position]
         if position in self._kept:
@@ -53,7 +59,7 @@ class Samples:
             record = self.dataset[position]
             if self.captions and not record.caption:
                 raise RecordError(f"{record.key}: the caption is empty", "empty caption")
-            found = load_picture(record, self.preprocess), replace(record, image=b"")
+            found = load_picture(record, self.preprocess, crop), replace(record, image=b"")
         except (ImageError, RecordError) as error:
             reason = picture_reason(error) if isinstance(error, ImageError) else error.reason
             fault = SampleFault(position, self.dataset.key(position), reason, error.message)

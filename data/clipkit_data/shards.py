@@ -1,12 +1,12 @@
 """WebDataset shards: which samples a tar file holds, where each member lies, and what is wrong with it.
 
-A shard is scanned once, headers only (`clipkit_data.tar`); after that any sample is one or two positioned
-reads away. Consecutive members with one key are a sample, as in `webdataset`: `key.jpg`, `key.txt`,
-`key.json`. A sample that lacks a member, comes twice or is torn apart is left out of the index and reported
-as a `Fault` with shard, sample, byte offset and reason; so is every damage of the tar itself.
+A shard is scanned once, headers only (`clipkit_data.tar`); after that any sample is one positioned read
+away. What a scan finds can be kept in a file (`clipkit_data.index_file`). Consecutive members with one key
+are a sample, as in `webdataset`: `key.jpg`, `key.txt`, `key.json`. A sample that lacks a member, comes twice
+or is torn apart is left out of the index and reported as a `Fault` with shard, sample, byte offset and
+reason; so is every damage of the tar itself.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +16,13 @@ from typing import Any
 
 from clipkit.errors import DataError, ImageError, NotFoundError
 from clipkit.files import sha256_file
+from clipkit_data.counts import count_faults, read_stats
 from clipkit_data.records import RecordError, parse_caption, parse_meta
+from clipkit_data.sample import IMAGE_EXTENSIONS, Sample, Span, read_sample
 from clipkit_data.tar import Damage, Member, scan_tar
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +48,17 @@ class Fault:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One sound sample: its key and, for each extension, the offset and size of the member's data."""
-
-    key: str
-    members: dict[str, Span]
-
-    @property
-    def image(self) -> str:
-        """The extension of its picture."""
-        return next(extension for extension in self.members if extension in IMAGE_EXTENSIONS)
-
-
 @dataclass(slots=True)
 class ShardIndex:
     """What one shard holds: the sound samples in order, and the faults."""
 
-    path: Path
-    samples: list[Sample] = field(default_factory=list)
+    path: Path | str
+    samples: Sequence[Sample] = ()
     faults: list[Fault] = field(default_factory=list)
     groups: int = 0
     """Number of samples found, with those that were left out."""
+    bytes: int = 0
+    """Size of the tar file."""
 
 
 @dataclass(slots=True)
@@ -89,13 +77,20 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def scan_shard(path: Path | str) -> ShardIndex:
+def is_metadata(name: str) -> bool:
+    """Whether a member is of the shard and not of a sample (`__info__/…`), as webdataset takes it."""
+    return _META.match(name) is not None
+
+
+def scan_shard(path: Path | str, name: str | None = None) -> ShardIndex:
     """The index of one shard.
 
-    Samples with a fault that concerns their picture or caption are left out; the rest stay readable.
+    Samples with a fault that concerns their picture or caption are left out; the rest stay readable. A
+    number of samples that a `NAME_stats.json` or `sizes.json` beside it gives is compared.
 
     Args:
         path: An uncompressed tar file.
+        name: What to call it in faults: for a copy, where it came from.
 
     Returns:
         The sound samples with the places of their members, and every fault found.
@@ -108,19 +103,18 @@ def scan_shard(path: Path | str) -> ShardIndex:
     if not path.is_file():
         raise NotFoundError(f"no such shard: {path}")
     try:
-        entries = scan_tar(path)
+        entries, size = scan_tar(path), path.stat().st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    index = ShardIndex(path)
+    index = ShardIndex(name or path, bytes=size)
     groups = _group(entries, index)
     index.groups = len(groups)
     extensions = {extension for group in groups for extension in group.members}
     usual = {frozenset(group.members) for group in groups if not (group.broken or group.touched)}
-    for group in groups:
-        sample = _sample(group, extensions, usual, index)
-        if sample is not None:
-            index.samples.append(sample)
+    found = [_sample(group, extensions, usual, index) for group in groups]
+    index.samples = [sample for sample in found if sample is not None]
     index.faults.sort(key=lambda fault: fault.offset or 0)
+    index.faults += [Fault(str(index.path), None, None, *fault) for fault in count_faults(path, len(groups))]
     return index
 
 
@@ -153,8 +147,8 @@ def _group(entries: Sequence[Member | Damage], index: ShardIndex) -> list[_Group
                 if groups:
                     groups[-1].touched = True
             continue
-        if names is None or _META.match(entry.name):
-            if not _META.match(entry.name):
+        if names is None or is_metadata(entry.name):
+            if not is_metadata(entry.name):
                 report(None, entry.header, "member name", f"{entry.name!r} is no KEY.EXTENSION")
             continue
         key, extension = names
@@ -196,21 +190,7 @@ def _sample(
     if "json" not in group.members and "json" in extensions:
         faults.append("missing json")
     index.faults.extend(Fault(str(index.path), group.key, group.offset, reason) for reason in faults)
-    return None if left_out else Sample(group.key, group.members)
-
-
-def read_span(file: int, span: Span, where: str) -> bytes:
-    """The bytes of one member. Raises: DataError when they cannot be read or are no longer there."""
-    data = b""
-    while len(data) < span[1]:  # one read returns at most 2 GiB
-        try:
-            more = os.pread(file, span[1] - len(data), span[0] + len(data))
-        except OSError as error:
-            raise DataError(f"{where}: cannot be read: {error.strerror or error}") from error
-        if not more:
-            raise DataError(f"{where}: the shard became shorter after it was indexed")
-        data = data + more if data else more
-    return data
+    return None if left_out else Sample(group.key, group.members, group.offset)
 
 
 def picture_reason(error: ImageError) -> str:
@@ -223,18 +203,24 @@ def check_shard(path: Path | str, *, decode: bool = True) -> ShardIndex:
 
     Args:
         path: An uncompressed tar file.
-        decode: Also read every sample: its picture decoded in full, its caption, its `.json`; and compare
-            the shard with the `NAME_stats.json` beside it (number of samples, SHA-256 where it is given).
+        decode: Also read every sample: its picture decoded in full, its caption, its `.json`, its CRC-32
+            where the shard has an index file; and the SHA-256 that the `NAME_stats.json` beside it may give.
     """
+    from clipkit_data.index_file import with_crc32
+
+    path = Path(path)
     index = scan_shard(path)
+    index.samples, index_fault = with_crc32(path, index.samples)
+    if index_fault:
+        index.faults.append(Fault(str(path), None, None, "index file", index_fault))
     if decode:
-        file = os.open(index.path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY)
         try:
             for sample in index.samples:
-                index.faults.extend(_content_faults(index.path, file, sample))
+                index.faults.extend(_content_faults(path, file, sample))
         finally:
             os.close(file)
-        index.faults.extend(_stats_faults(index))
+        index.faults.extend(_digest_faults(path))
     return index
 
 
@@ -260,36 +246,30 @@ def _content_faults(path: Path, file: int, sample: Sample) -> Iterator[Fault]:
     """What is wrong inside the members of a sample."""
     from clipkit.images import decode_image
 
-    for extension, span in sample.members.items():
+    try:
+        members = read_sample(file, sample, path)
+    except RecordError as error:
+        yield Fault(str(path), sample.key, sample.header, error.reason, error.message)
+        return
+    for extension, data in members.items():
         where = f"{path}: {sample.key}.{extension}"
         try:
-            data = read_span(file, span, where)
             if extension in IMAGE_EXTENSIONS:
                 decode_image(data, name=where)
             elif extension == "txt" and not parse_caption(data, where):
                 raise RecordError(f"{where}: the caption is empty", "empty caption")
             elif extension == "json":
                 parse_meta(data, where)
-        except ImageError as error:
-            yield Fault(str(path), sample.key, span[0], picture_reason(error), error.message)
-        except RecordError as error:
-            yield Fault(str(path), sample.key, span[0], error.reason, error.message)
+        except (ImageError, RecordError) as error:
+            reason = picture_reason(error) if isinstance(error, ImageError) else error.reason
+            yield Fault(str(path), sample.key, sample.members[extension][0], reason, error.message)
 
 
-def _stats_faults(index: ShardIndex) -> Iterator[Fault]:
-    """Where the shard differs from what its writer said of it."""
-    path = index.path.with_name(f"{index.path.stem}_stats.json")
-    if not path.is_file():
-        return
-    shard = str(index.path)
+def _digest_faults(path: Path) -> Iterator[Fault]:
+    """Where the shard has not the SHA-256 that its writer gave."""
     try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
-        successes, digest = stats.get("successes"), stats.get("sha256")
-    except (ValueError, AttributeError) as error:
-        yield Fault(shard, None, None, "invalid stats", f"{path}: {error}")
-        return
-    if isinstance(successes, int) and successes != index.groups:
-        detail = f"{path.name} says {successes}, the shard holds {index.groups}"
-        yield Fault(shard, None, None, "number of samples", detail)
-    if isinstance(digest, str) and digest != sha256_file(index.path):
-        yield Fault(shard, None, None, "SHA-256", f"{path.name} names other bytes")
+        digest = read_stats(path).get("sha256")
+    except (OSError, ValueError):
+        return  # reported by the scan
+    if isinstance(digest, str) and digest != sha256_file(path):
+        yield Fault(str(path), None, None, "SHA-256", f"{path.stem}_stats.json names other bytes")

@@ -3,6 +3,7 @@
 Commands take one word for all of them. `open_source` turns it into something with a length whose records can
 be read in any order, so that packing, embedding and training need not know where pictures come from.
 `sample:NAME` stands for shards that ship with clipkit; `{00000..00099}` and `*` stand for many shards.
+Shards may also lie elsewhere (`s3://…`, `https://…`); `clipkit_data.cache` brings them here.
 """
 
 import glob
@@ -19,14 +20,17 @@ from braceexpand import braceexpand
 
 from clipkit.errors import InputError, NotFoundError
 from clipkit_data.records import Record, RecordError, RecordSource, SampleFault, parse_caption, parse_meta
+from clipkit_data.storage import is_http, is_remote, list_shards
 from clipkit_data.tables import TABLE_SUFFIXES, read_table
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 # Pictures that clipkit does not decode: listed all the same, so that they are reported and not passed over.
 OTHER_PICTURES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2")
+STREAMED = ("pipe:", "stream:")  # what `clipkit_data.stream` reads, and nothing else does
 WHAT = (
-    "a SOURCE is shards (a folder of .tar, one .tar, data/{00000..00009}.tar, sample:emoji/train), a folder "
-    f"of pictures, or a table ({', '.join(TABLE_SUFFIXES)}) with columns path and caption"
+    "a SOURCE is shards (a folder of .tar, one .tar, data/{00000..00009}.tar, sample:emoji/train, or an URL "
+    "as in s3://bucket/folder), a folder of pictures, or a table "
+    f"({', '.join(TABLE_SUFFIXES)}) with columns path and caption"
 )
 
 
@@ -48,47 +52,76 @@ def _sample_shards(name: str) -> list[Path]:
     return [path for other in chosen for path in sorted((_samples() / other).glob("*.tar"))]
 
 
-def resolve_shards(spec: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The shards that a path stands for, in order.
+def resolve_shards(spec: str | Path | Sequence[str | Path]) -> list[Path | str]:
+    """The shards that a path or URL stands for, in order: local ones as paths, remote ones as URLs.
+
+    Whether a remote shard that is named outright is there is not asked: that shows when it is read.
 
     Args:
         spec: A folder (its `*.tar`, by name), one `.tar`, `sample:emoji/train`, a pattern such as
-            `data/{00000..00010}.tar`, `sample:emoji/{train,heldout}` or `data/*.tar`, or several of these.
+            `data/{00000..00010}.tar`, `sample:emoji/{train,heldout}` or `data/*.tar`, the URL of any of
+            these, or several of these.
 
     Raises:
-        NotFoundError: Nothing is there, or a shard of a pattern is missing.
+        NotFoundError: Nothing is there, or a local shard of a pattern is missing.
+        InputError: The braces do not match, a server cannot list, or it is a command.
+        DataError: A server cannot be reached.
     """
     if not isinstance(spec, str | Path):
         return [path for part in spec for path in resolve_shards(part)]
     path, text = Path(spec), str(spec)
-    if path.is_file():
+    if is_streamed(text):
+        raise InputError(f"{spec}: can only be streamed", hint="its samples have no order that could be kept")
+    remote = is_remote(text)
+    if not remote and path.is_file():
         return [path]
-    if path.is_dir():
+    if not remote and path.is_dir():
         found = sorted(item for item in path.iterdir() if item.suffix == ".tar" and item.is_file())
         if not found:
             raise NotFoundError(f"no shards in {path}", hint="a shard is a .tar file")
-        return found
+        return [*found]
     if "{" in text:
-        try:
-            names = list(braceexpand(text))
-        except ValueError as error:
-            raise InputError(f"{spec}: the braces do not match") from error
+        names = expand_braces(text)
         if names != [text]:
             return resolve_shards(names)
+    if text.startswith("file://"):
+        return resolve_shards(text.removeprefix("file://"))
+    if remote:
+        return [text] if _is_tar(text) and "*" not in text else [*list_shards(text)]
     if text.startswith("sample:"):
-        return _sample_shards(text.removeprefix("sample:").strip("/"))
+        return [*_sample_shards(text.removeprefix("sample:").strip("/"))]
     found = sorted(Path(name) for name in glob.glob(text)) if "*" in text else []
     if not found:
         raise NotFoundError(
             f"no such shards: {spec}", hint="give a folder of .tar files, one .tar or a pattern"
         )
-    return found
+    return [*found]
+
+
+def is_streamed(spec: str | Path) -> bool:
+    """Whether a SOURCE asks for `clipkit_data.stream`: `pipe:COMMAND` or `stream:SHARDS`."""
+    return str(spec).startswith(STREAMED)
+
+
+def expand_braces(text: str) -> list[str]:
+    """`{00000..00002}` and `{a,b}` written out. Raises: InputError."""
+    try:
+        return list(braceexpand(text))
+    except ValueError as error:
+        raise InputError(f"{text}: the braces do not match") from error
+
+
+def _is_tar(url: str) -> bool:
+    """Whether an URL names one shard; a query may follow only in HTTP."""
+    return (url.partition("?")[0] if is_http(url) else url).endswith(".tar")
 
 
 def is_shards(spec: str | Path) -> bool:
     """Whether a SOURCE is shards (and not pictures or a table)."""
     text, path = str(spec), Path(spec)
-    if text.startswith("sample:") or (("{" in text or "*" in text) and not path.exists()):
+    if text.startswith("sample:") or is_streamed(text) or is_remote(text):
+        return True
+    if ("{" in text or "*" in text) and not path.exists():
         return True
     return path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar")))
 

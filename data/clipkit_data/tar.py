@@ -110,14 +110,13 @@ class _Scan:
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self.file, length, offset)
 
-    def entries(self) -> Iterator[Member | Damage]:
-        """Members and damages in file order."""
-        position = 0
+    def entries(self, position: int = 0, stop: int | None = None) -> Iterator[Member | Damage]:
+        """Members and damages in file order: all of them, or those whose headers begin before `stop`."""
         start, name, size = 0, None, None  # what long-name headers say of the member after them
-        if self.read(0, 6).startswith(_COMPRESSED):
+        if position == 0 and self.read(0, 6).startswith(_COMPRESSED):
             yield Damage(0, "compressed archive")
             return
-        while True:
+        while stop is None or position < stop:
             block = self.read(position, BLOCK)
             if len(block) < BLOCK:
                 reason = "no end-of-archive marker" if not block else "cut header"
@@ -144,7 +143,8 @@ class _Scan:
             if any(self.read(data + length, following - data - length)):
                 yield Damage(data + length, "padding is not zero", None if long_name else label)
             if long_name:
-                start = start or position + 1  # an offset plus one, so that 0 says there is none
+                if long_name != "global":  # which is no part of the member after it
+                    start = start or position + 1  # an offset plus one, so that 0 says there is none
                 records = _extension(long_name, self.read(data, length))
                 if records is None:
                     yield Damage(position, "extended header", lost=True)
@@ -231,3 +231,14 @@ def scan_tar(path: Path | str) -> list[Member | Damage]:
         return list(_Scan(file).entries())
     finally:
         os.close(file)
+
+
+def scan_part(file: int, start: int, stop: int) -> list[Member | Damage]:
+    """The members and damages of an open tar file whose headers begin in [start, stop).
+
+    Args:
+        file: File descriptor.
+        start: Byte offset of a header.
+        stop: Byte offset of the header that is no longer wanted, or of the archive's end.
+    """
+    return list(_Scan(file).entries(start, stop))

@@ -5,6 +5,7 @@ speed. An error meant for people arrives as itself and not inside a worker's tra
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -65,14 +66,36 @@ def in_workers(
                 raise DataError(made.message, made.hint)
             yield made
     except (RuntimeError, EOFError, ConnectionError) as error:
-        # torch notices a dead worker here (or in a signal handler, wherever the program then is), unless its
-        # half-sent message is read first.
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        # torch notices a dead worker here (or wherever the program then is, see `explaining_lost_workers`),
+        # unless its half-sent message is read first.
+        if isinstance(error, RuntimeError) and not _is_lost_worker(error):
             raise
-        raise DataError(
-            f"a process that reads the data ended unexpectedly: {error or type(error).__name__}",
-            hint="often for want of memory: use fewer workers",
-        ) from error
+        raise _lost_worker(error) from error
+
+
+@contextmanager
+def explaining_lost_workers() -> Iterator[None]:
+    """Around whatever is done with what workers made: there, too, a worker that was killed is a `DataError`.
+
+    torch raises in a signal handler, so that the error comes out of any line of the main thread.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost_worker(error):
+            raise
+        raise _lost_worker(error) from error
+
+
+def _is_lost_worker(error: RuntimeError) -> bool:
+    return "DataLoader worker" in str(error)
+
+
+def _lost_worker(error: Exception) -> DataError:
+    return DataError(
+        f"a process that reads the data ended unexpectedly: {error or type(error).__name__}",
+        hint="often for want of memory: use fewer workers",
+    )
 
 
 def _same(made: Any) -> Any:

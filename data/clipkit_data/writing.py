@@ -22,6 +22,19 @@ from clipkit.files import atomic_write, fsync_path, sha256_file
 
 SHARD_DIGITS = 5
 
+Entry = tuple[dict[str, bytes], dict[str, Any]]
+"""A sample for a shard: its members' bytes by extension, and its row of the table beside the shard."""
+
+
+def shard_name(number: int, count: int = 0) -> str:
+    """The name of a shard without `.tar`; with `count` shards in all, names sort as numbers do."""
+    return f"{number:0{max(SHARD_DIGITS, len(str(count - 1)))}d}"
+
+
+def sample_key(name: str, place: int, per_shard: int) -> str:
+    """The key of a sample: the shard's name and the place in it, as img2dataset makes it."""
+    return f"{name}{place:0{max(len(str(per_shard - 1)), 4)}d}"
+
 
 def write_shards(samples: Iterable[dict[str, Any]], out: Path, *, per_shard: int = 10_000) -> list[Path]:
     """Write samples as shards, one at a time: only the shard's rows without pictures are held in memory.
@@ -41,48 +54,64 @@ def write_shards(samples: Iterable[dict[str, Any]], out: Path, *, per_shard: int
     if per_shard < 1:
         raise ConfigError(f"per_shard must be at least 1, got {per_shard}")
     out.mkdir(parents=True, exist_ok=True)
-    digits = max(len(str(per_shard - 1)), 4)
     rest = iter(samples)
     shards: list[Path] = []
     for first in rest:
-        part = chain([first], islice(rest, per_shard - 1))
-        shards.append(_write_shard(part, out, f"{len(shards):0{SHARD_DIGITS}d}", digits))
+        name = shard_name(len(shards))
+        part = enumerate(chain([first], islice(rest, per_shard - 1)))
+        write_shard((entry(sample_key(name, place, per_shard), sample) for place, sample in part), out, name)
+        shards.append(out / f"{name}.tar")
     return shards
 
 
-def _write_shard(samples: Iterable[dict[str, Any]], out: Path, name: str, digits: int) -> Path:
+def entry(key: str, sample: dict[str, Any]) -> Entry:
+    """A sample as `write_shards` takes it, with its key, as `write_shard` takes it."""
+    own = {"key": key, "caption": sample["caption"], "status": "success"}
+    row = own | sample.get("json", {}) | own
+    text = {"txt": sample["caption"].encode(), "json": json.dumps(row, ensure_ascii=False).encode()}
+    return {sample["ext"]: sample["image"], **text}, row
+
+
+def write_shard(entries: Iterable[Entry], out: Path, name: str) -> int:
+    """Write one shard with its table and statistics.
+
+    Args:
+        entries: Members and row of each sample; the row's `key` is the sample's key.
+        out: A folder that is there.
+        name: The shard's name without `.tar`.
+
+    Returns:
+        The number of samples; when it is 0, nothing is written.
+    """
     rows = []
     temporary = out / f".{name}.tar.part"
-    with temporary.open("wb") as file:
-        with TarWriter(file, mtime=0, user="clipkit", group="clipkit", encoder=False) as writer:
-            for place, sample in enumerate(samples):
-                own = {"key": f"{name}{place:0{digits}d}", "caption": sample["caption"], "status": "success"}
-                row = own | sample.get("json", {}) | own
-                writer.write(
-                    {
-                        "__key__": own["key"],
-                        sample["ext"]: sample["image"],
-                        "txt": sample["caption"].encode(),
-                        "json": json.dumps(row, ensure_ascii=False).encode(),
-                    }
-                )
-                rows.append(row)
-        file.flush()
-        os.fsync(file.fileno())
-    stats = {
-        "count": len(rows),
-        "successes": len(rows),
-        "failed_to_download": 0,
-        "failed_to_resize": 0,
-        "status_dict": {"success": len(rows)},
-        "sha256": sha256_file(temporary),
-    }
-    shard = out / f"{name}.tar"
-    os.replace(temporary, shard)
+    try:
+        with temporary.open("wb") as file:
+            # PAX headers stand only where a name or size needs one: other members are ustar's bytes.
+            options: dict[str, Any] = {"encoder": False, "keep_meta": True, "format": "PAX_FORMAT"}
+            with TarWriter(file, mtime=0, user="clipkit", group="clipkit", **options) as writer:
+                for members, row in entries:
+                    writer.write({"__key__": row["key"], **members})
+                    rows.append(row)
+            file.flush()
+            os.fsync(file.fileno())
+        if not rows:
+            return 0
+        stats = {
+            "count": len(rows),
+            "successes": len(rows),
+            "failed_to_download": 0,
+            "failed_to_resize": 0,
+            "status_dict": {"success": len(rows)},
+            "sha256": sha256_file(temporary),
+        }
+        os.replace(temporary, out / f"{name}.tar")
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync_path(out)
     atomic_write(out / f"{name}.parquet", _parquet(rows))
     atomic_write(out / f"{name}_stats.json", json.dumps(stats, indent=2) + "\n")
-    return shard
+    return len(rows)
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:

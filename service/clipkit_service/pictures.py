@@ -104,6 +104,10 @@ class Decoder:
         if isinstance(source, str):
             source = from_base64(source, pointer, limits.max_image_bytes)
         image = decode_image(
-            source, max_pixels=limits.max_image_pixels, max_bytes=limits.max_image_bytes, name="the picture"
+            source,
+            max_pixels=limits.max_image_pixels,
+            max_bytes=limits.max_image_bytes,
+            name="the picture",
+            min_side=self._preprocess.min_side,
         )
         return self._preprocess.uint8(image)

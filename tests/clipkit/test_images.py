@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from clipkit.errors import ImageError, InputError, NotFoundError
 from clipkit.images import CLIP_MEAN, CLIP_STD, Preprocess, decode_image
+from clipkit.models.dual_encoder import ModelConfig
 
 RNG = np.random.default_rng(0)
 
@@ -214,9 +215,58 @@ def test_a_strip_does_not_explode() -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "jpeg_scale", "decoded"),
+    [
+        ((640, 480), "full", (640, 480)),
+        ((640, 480), "2x", (640, 480)),
+        ((640, 480), "1x", (320, 240)),
+        ((1600, 1200), "2x", (800, 600)),
+        ((1200, 1601), "1x", (300, 401)),
+        ((223, 4000), "1x", (223, 4000)),
+        ((4000, 4000), "1x", (500, 500)),
+    ],
+)
+def test_jpegs_are_decoded_at_the_scale_that_the_model_wants(
+    size: tuple[int, int], jpeg_scale: str, decoded: tuple[int, int], tmp_path: Path
+) -> None:
+    preprocess = Preprocess.model_validate({"jpeg_scale": jpeg_scale})
+    image = Image.linear_gradient("L").resize(size)
+    path = tmp_path / "picture.jpg"
+    image.save(path)
+    assert decode_image(path, min_side=preprocess.min_side).size == decoded
+    assert decode_image(path, max_pixels=size[0] * size[1], min_side=preprocess.min_side).size == decoded
+    with pytest.raises(ImageError, match="pixels are accepted"):
+        decode_image(path, max_pixels=size[0] * size[1] - 1, min_side=preprocess.min_side)
+    if size[0] == 640:
+        assert decode_image(encoded(image, "PNG"), min_side=preprocess.min_side).size == size
+
+
+def test_the_scale_counts_from_the_length_that_the_short_side_gets() -> None:
+    assert Preprocess(size=224, resize_size=256, jpeg_scale="1x").min_side == 256
+    assert Preprocess(size=224, resize="squash", jpeg_scale="2x").min_side == 448
+    assert Preprocess().min_side is None
+
+
+def test_pictures_that_somebody_opened_are_not_scaled() -> None:
+    opened = Image.open(io.BytesIO(encoded(picture(640, 480), "JPEG")))
+    assert decode_image(opened, min_side=16).size == opened.size == (640, 480)
+
+
+def test_a_jpeg_scale_that_changes_nothing_is_not_written() -> None:
+    """Fingerprints and folders from before there was one stay as they are."""
+    assert "jpeg_scale" not in Preprocess().model_dump(mode="json")
+    assert Preprocess(jpeg_scale="2x").model_dump(mode="json")["jpeg_scale"] == "2x"
+    for preprocess in (Preprocess(size=32), Preprocess(jpeg_scale="1x")):
+        assert Preprocess.model_validate(preprocess.model_dump(mode="json")) == preprocess
+    model = ModelConfig(image={}, text={}, preprocess=Preprocess(size=32))
+    assert "jpeg_scale" not in model.model_dump(mode="json")["preprocess"]
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"size": 0},
+        {"jpeg_scale": "4x"},
         {"std": (0, 1, 1)},
         {"resize": "longest"},
         {"resize": "squash", "resize_size": 300},

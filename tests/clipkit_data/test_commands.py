@@ -1,15 +1,19 @@
 """The commands as a person types them: output, exit codes, one-line errors."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from clipkit.cli import main
 from clipkit.models import ModelConfig, build_model, save_model
+from clipkit_data import pack
+from clipkit_data.commands import shards as shards_command
 
 MODEL = ModelConfig.model_validate(
     {
@@ -74,6 +78,115 @@ def test_pack(tmp_path: Path, picture: Callable[..., bytes], capsys: pytest.Capt
     assert main(["shards", "pack", str(tmp_path / "nowhere"), str(tmp_path / "none")]) == 2
 
 
+def test_an_interrupted_pack_says_how_to_go_on(
+    tmp_path: Path,
+    picture: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / f"in/{number}.png").write_bytes(picture(number))
+    decode, command = pack.decode_image, ["shards", "pack", str(tmp_path / "in"), str(tmp_path / "out")]
+
+    def interrupt(data: bytes, *, name: str) -> Image.Image:
+        if name == "2.png":
+            raise KeyboardInterrupt
+        return decode(data, name=name)
+
+    monkeypatch.setattr(pack, "decode_image", interrupt)
+    assert main([*command, "--per-shard", "1", "--jobs", "1"]) == 130
+    assert "the same command again" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*command, "--per-shard", "2"]) == 1
+    assert "was begun with another per shard" in capsys.readouterr().err
+    assert main([*command, "--per-shard", "1"]) == 0
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 3
+
+
+def test_index(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "index", str(shards), "--json", "--energon"]) == 0
+    out, err = capsys.readouterr()
+    manifest = str(shards / "manifest.json")
+    assert json.loads(out) == {"shards": 2, "samples": 13, "faults": [], "manifest": manifest}
+    assert "2 shards, 13 readable samples, 0 faults" in err
+    assert len(list(shards.glob("*.tar.idx"))) == 2
+    path = shards / "00001.tar"
+    path.write_bytes(path.read_bytes()[:9216])
+    assert main(["shards", "index", str(shards)]) == 1
+    out, err = capsys.readouterr()
+    assert "00001.tar" in out
+    assert main(["shards", "index", str(shards / "gone")]) == 2
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_check_compares_the_data_with_the_index(
+    shards: Path, capsys: pytest.CaptureFixture[str], jobs: str
+) -> None:
+    assert main(["shards", "index", str(shards)]) == 0
+    path = shards / "00000.tar"
+    time = path.stat().st_mtime_ns
+    data = bytearray(path.read_bytes())
+    data[data.index(b"caption 4")] ^= 1  # the caption is as good as before, only another one
+    path.write_bytes(data)
+    os.utime(path, ns=(time, time))
+    capsys.readouterr()
+    assert main(["shards", "check", str(shards), "--jobs", jobs, "--json"]) == 1
+    (fault,) = json.loads(capsys.readouterr().out)
+    assert (fault["shard"], fault["sample"], fault["reason"]) == (str(path), "000000004", "CRC")
+
+
+def test_stats(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "plot.png"
+    assert main(["shards", "stats", str(shards), "--json", "--plot", str(plot)]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 13
+    with Image.open(plot) as image:
+        assert image.size == (1260, 564)
+    assert main(["shards", "stats", str(shards)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["samples", "13"] in lines
+    assert ["width", "24", "24", "24", "24", "24", "24"] in lines
+    assert main(["shards", "stats", str(shards), "--jobs", "0"]) == 2
+
+
+def test_show(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = str(tmp_path / "sheet.png")
+    assert main(["shards", "show", str(shards), sheet, "--keys", "000000009", "000000002", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"out": sheet, "keys": ["000000009", "000000002"]}
+    assert "2 of 13 samples" in err
+    assert main(["shards", "show", str(shards), sheet, "--keys", "none"]) == 2
+    assert "no sample of" in capsys.readouterr().err
+
+
+def test_reshard(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert main(["shards", "reshard", str(shards), out, "--per-shard", "5", "--shuffle", "--json"]) == 0
+    printed, err = capsys.readouterr()
+    assert json.loads(printed) == {"samples": 13, "shards": 3, "faults": {}, "out": out}
+    assert "13 samples in 3 shards" in err
+    assert main(["shards", "reshard", str(shards), out]) == 1
+    assert main(["shards", "check", out]) == 0
+
+
+def test_filter(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    condition = ["--where", "name in ('name 1', 'name 9')"]
+    assert main(["shards", "filter", str(shards), "--dry-run", *condition]) == 0
+    printed, err = capsys.readouterr()
+    assert "2 of 13 samples would be kept" in err
+    assert "dropped: where ×11" in err
+    assert not printed
+    assert main(["shards", "filter", str(shards), str(out), "--json", *condition]) == 0
+    printed, err = capsys.readouterr()
+    assert json.loads(printed)["kept"] == 2
+    assert str(out / "dropped.jsonl") in err
+    assert main(["shards", "filter", str(shards), *condition]) == 2
+    assert main(["shards", "filter", str(shards), str(out) + "2", "--where", "1 ="]) == 2
+    assert main(["shards", "filter", str(shards), str(out) + "2"]) == 2
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["clipkit"] * 3
+
+
 def test_embed(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(build_model(MODEL, seed=0), tmp_path / "model")
     capsys.readouterr()
@@ -101,7 +214,9 @@ def test_the_commands_load_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("command", [["shards"], ["shards", "pack"], ["shards", "check"], ["embed"]])
+@pytest.mark.parametrize(
+    "command", [["embed"], ["shards"], *(["shards", name] for name in shards_command.subcommands)]
+)
 def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([*command, "--help"])

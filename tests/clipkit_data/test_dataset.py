@@ -10,7 +10,9 @@ import webdataset
 
 from clipkit.errors import DataError
 from clipkit_data.dataset import ShardDataset, record_id
+from clipkit_data.manifest import index_shards
 from clipkit_data.records import RecordError
+from clipkit_data.shards import scan_shard
 from clipkit_data.sources import resolve_shards
 
 
@@ -20,7 +22,7 @@ def test_records_by_position(shards: Path) -> None:
     assert dataset.has_captions
     theirs = []
     for path in resolve_shards(shards):
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             files = webdataset.tariterators.tar_file_expander([{"url": str(path), "stream": file}])
             theirs += list(webdataset.tariterators.group_by_keys(files))
     for position, other in enumerate(theirs):
@@ -31,6 +33,7 @@ def test_records_by_position(shards: Path) -> None:
         assert record.caption == other["txt"].decode()
         assert record.meta["name"] == f"name {position}"
         assert dataset.key(position) == record.key
+        assert dataset.members(position) == {name: other[name] for name in ("json", "png", "txt")}
     with pytest.raises(IndexError):
         dataset[13]
 
@@ -40,6 +43,10 @@ def test_travels_to_other_processes(shards: Path) -> None:
     first = dataset[8]
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy[8] == first
+    index_shards(shards)
+    small = pickle.dumps(ShardDataset(resolve_shards(shards)))
+    assert pickle.loads(small)[8] == first
+    assert len(small) < len(pickle.dumps(dataset))  # places stay where they can be read again
     dataset.close()
     assert dataset[8] == first
 
@@ -98,3 +105,38 @@ def test_fingerprint_follows_the_samples(write_shard: Callable[..., Path]) -> No
     same = ShardDataset([write_shard("b/00000.tar", 3)]).fingerprint()
     other = ShardDataset([write_shard("c/00000.tar", 4)]).fingerprint()
     assert one == same != other
+
+
+def test_progress_counts_the_shards(shards: Path) -> None:
+    done: list[int] = []
+    ShardDataset(resolve_shards(shards), jobs=1, progress=done.append)
+    assert done == [1, 1]
+    index_shards(shards)
+    ShardDataset(resolve_shards(shards), progress=done.append)
+    assert done == [1, 1, 2]
+
+
+def test_a_shard_without_sound_samples_takes_no_positions(
+    write_shard: Callable[..., Path], picture: Callable[..., bytes]
+) -> None:
+    paths = [
+        write_shard("0.tar", [{"__key__": "a", "txt": b"words"}]),
+        write_shard("1.tar", [{"__key__": "b", "png": picture(0)}]),
+        write_shard("2.tar", []),
+        write_shard("3.tar", [{"__key__": "c", "png": picture(0), "txt": b"words"}]),
+    ]
+    for _ in range(2):
+        dataset = ShardDataset(paths)
+        assert dataset.sizes.tolist() == [0, 1, 0, 1]
+        assert [dataset.locate(position) for position in range(2)] == [(1, 0), (3, 0)]
+        assert [dataset.key(position) for position in range(2)] == ["b", "c"]
+        assert dataset.has_captions
+        assert not ShardDataset(paths[1:2]).has_captions
+        assert [fault.reason for fault in dataset.faults] == ["missing picture"]
+        index_shards(paths)
+
+
+def test_the_index_of_each_shard_can_be_walked(shards: Path) -> None:
+    paths = resolve_shards(shards)
+    dataset = ShardDataset(paths)
+    assert [list(shard.samples) for shard in dataset.shards] == [list(scan_shard(p).samples) for p in paths]

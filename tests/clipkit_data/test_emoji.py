@@ -70,7 +70,9 @@ def test_held_out_parts_are_all_known_from_training(splits: dict[str, list[Recor
         assert record.meta["split"] == "heldout"
     everything = [r.caption or "" for split in splits.values() for r in split]
     assert split_names(everything) == {record.caption for record in splits["heldout"]}
-    document = json.loads((resolve_shards("sample:emoji/train")[0].parents[1] / "split.json").read_text())
+    document = json.loads(
+        (Path(resolve_shards("sample:emoji/train")[0]).parents[1] / "split.json").read_text()
+    )
     assert set(document["heldout"]) == {record.caption for record in splits["heldout"]}
 
 
@@ -91,7 +93,7 @@ def test_parts(name: str, parts: list[str] | None) -> None:
 
 
 def test_webdataset_reads_them() -> None:
-    shard = resolve_shards("sample:emoji/heldout")[0]
+    shard = Path(resolve_shards("sample:emoji/heldout")[0])
     with shard.open("rb") as stream:
         files = list(tar_file_expander([{"url": str(shard), "stream": stream}]))
     names = [file["fname"] for file in files if file]  # an empty one marks the end of a shard
@@ -103,7 +105,7 @@ def test_the_command_writes_exactly_these_shards(tmp_path: Path) -> None:
     missing = [package for path, package in emoji.PACKAGES.items() if not path.exists()]
     if missing and "CI" not in os.environ:
         pytest.skip(f"needs Debian's packages {', '.join(missing)}")
-    shipped = resolve_shards("sample:emoji/train")[0].parents[1]
+    shipped = Path(resolve_shards("sample:emoji/train")[0]).parents[1]
     made_from = json.loads((shipped / "split.json").read_text())["inputs"]
     if emoji.input_digests() != made_from:
         pytest.skip("this machine's font or names are another version than the shards were made from")

@@ -8,23 +8,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from clipkit.errors import ConfigError, DataError, InputError
 from clipkit.images import Preprocess
 from clipkit.text import ClipTokenizer
 from clipkit_data.augment import AugmentConfig
 from clipkit_data.captions import CaptionSampler
+from clipkit_data.crop import CropConfig
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.keyed import epoch_order
 from clipkit_data.loader import Batch, TrainBatches
 from clipkit_data.pairs import EvalBatches, load_pairs
 from clipkit_data.records import Record
 from clipkit_data.sources import resolve_shards
+from clipkit_data.views import family
 
 PREPROCESS = Preprocess(size=16)
 CONFIG = AugmentConfig(rotate=10, crop=0.2, flip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
@@ -66,7 +64,7 @@ def test_each_sample_once_per_epoch_and_no_tail_lost(batches: Callable[..., Trai
     assert ids[:13] != ids[13:26]
     assert [batch.step for batch in taken] == list(range(13))
     assert [batch.epoch for batch in taken[:5]] == [0, 0, 0, 0, 1]
-    assert not source.faults
+    assert not source.quarantine.samples
 
 
 def test_shapes_and_types(batches: Callable[..., TrainBatches]) -> None:
@@ -99,6 +97,61 @@ def test_ranks_share_the_global_batch(batches: Callable[..., TrainBatches], worl
         assert torch.equal(torch.cat([part.images for part in ranks]), whole.images)
         assert torch.equal(torch.cat([part.ids for part in ranks]), whole.ids)
         assert torch.equal(torch.cat([part.sample_ids for part in ranks]), whole.sample_ids)
+
+
+def test_augmentation_is_the_same_in_workers_and_afterwards(batches: Callable[..., TrainBatches]) -> None:
+    for config in (CONFIG, family("simclr", 12), family("multi_crop", 12)):
+        here = list(islice(batches(augment=config, workers=1), 5))
+        later = [batch.augmented(config, 3) for batch in islice(batches(augment=None), 5)]
+        assert same(here, later)
+        for a, b in zip(here, later, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+    assert [tuple(view.shape) for view in later[0].views[:3]] == [(4, 3, 12, 12)] * 2 + [(4, 3, 96, 96)]
+
+
+def test_crops_are_the_same_for_all_and_new_in_each_epoch(batches: Callable[..., TrainBatches]) -> None:
+    options: dict[str, Any] = {"crop": CropConfig(scale=(0.3, 1.0)), "augment": None, "trim": False}
+    alone = list(islice(batches(**options), 7))
+    assert same(list(islice(batches(workers=2, **options), 7)), alone)
+    half = list(islice(batches(rank=1, world=2, **options), 7))
+    assert all(torch.equal(a.images[2:], b.images) for a, b in zip(alone, half, strict=True))
+    seen: dict[int, list[torch.Tensor]] = {}
+    for batch in alone:
+        for number, picture in zip(batch.sample_ids.tolist(), batch.images, strict=True):
+            seen.setdefault(number, []).append(picture)
+    assert all(not torch.equal(first, second) for first, second, *_ in seen.values())
+    with pytest.raises(ConfigError, match="cache"):
+        batches(cache=True, **options)
+
+
+def test_several_sources_are_mixed(
+    shards: Path, write_shard: Callable[..., Path], tokenizer: ClipTokenizer
+) -> None:
+    both = [ShardDataset(resolve_shards(shards)), ShardDataset([write_shard("more/00000.tar", 5)])]
+    options: dict[str, Any] = {"batch_size": 10, "seed": 0, "weights": [0.5, 0.5]}
+    taken = list(islice(TrainBatches(both, PREPROCESS, tokenizer, **options), 6))
+    for batch in taken:
+        assert ((batch.sample_ids >> 56) == 1).sum() == 5
+    assert len({tuple(sorted((batch.sample_ids & 0xFF)[5:].tolist())) for batch in taken}) == 1, (
+        "an epoch each"
+    )
+    parts = [TrainBatches(both, PREPROCESS, tokenizer, rank=rank, world=3, **options) for rank in range(3)]
+    total = sum(next(iter(part)).checksum() for part in parts) % 2**64
+    assert total == taken[0].checksum() != taken[1].checksum()
+    assert TrainBatches(both, PREPROCESS, tokenizer, batch_size=9).plan.mixture.counts(18) == [13, 5]
+    digests = {
+        TrainBatches(data, PREPROCESS, tokenizer, **{**options, **other}).digest()
+        for data, other in (
+            (both, {}),
+            (both[::-1], {}),
+            (both, {"seed": 1}),
+            (both, {"weights": [1, 2]}),
+            (both, {"lanes": 2}),
+        )
+    }
+    assert len(digests) == 5
+    with pytest.raises(ConfigError, match="1 weights for 2 sources"):
+        TrainBatches(both, PREPROCESS, tokenizer, batch_size=9, weights=[1.0])
 
 
 def test_resume_goes_on_where_it_stopped(batches: Callable[..., TrainBatches]) -> None:
@@ -148,12 +201,12 @@ def test_bad_samples_are_replaced_and_reported(
         assert len(batch.images) == 8
         assert not {1, 4, 6} & set(batch.sample_ids.tolist())
         assert {0, 2, 3, 5, 7} <= set(batch.sample_ids.tolist())
-    assert sorted((fault.key, fault.reason) for fault in source.faults) == [
+    assert sorted((bad.key, bad.reason) for bad in source.quarantine.samples.values()) == [
         ("1", "picture undecodable"),
         ("4", "empty caption"),
         ("6", "invalid json"),
     ]
-    assert source.fault_counts() == {"empty caption": 1, "invalid json": 1, "picture undecodable": 1}
+    assert source.quarantine.counts() == {"empty caption": 1, "invalid json": 1, "picture undecodable": 1}
     plain = TrainBatches(damaged, PREPROCESS, tokenizer, batch_size=8, seed=1)
     assert same(list(islice(plain, 3)), taken)
 
@@ -254,41 +307,3 @@ def test_a_killed_worker_stops_the_run(shards: Path) -> None:
     run = subprocess.run([sys.executable, "-c", KILLED, *paths], capture_output=True, text=True, timeout=60)
     assert run.returncode == 1
     assert "ended unexpectedly" in run.stderr or "DataLoader worker" in run.stderr
-
-
-class Numbers(ShardDataset):
-    """A dataset of which only the length is asked."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-
-@given(
-    size=st.integers(1, 50),
-    batch=st.integers(1, 40),
-    world=st.integers(1, 5),
-    seed=st.integers(0, 2**63 - 1),
-)
-@settings(max_examples=60, deadline=None)
-def test_order_for_any_sizes(size: int, batch: int, world: int, seed: int) -> None:
-    batch = max(batch, world)
-    dataset = Numbers(size)
-    options: dict[str, Any] = {"batch_size": batch, "seed": seed}
-    ranks = [
-        TrainBatches(dataset, PREPROCESS, None, rank=rank, world=world, **options) for rank in range(world)
-    ]
-    steps = -(-3 * size // batch)
-    line = [place for step in range(steps) for rank in ranks for place in rank.positions(step).tolist()]
-    assert len(line) == steps * batch
-    for epoch in range(3):
-        part = line[epoch * size : (epoch + 1) * size]
-        assert sorted(part) == list(range(size))
-        assert part == epoch_order(seed, epoch, size).tolist()
-    late = steps // 2
-    assert np.array_equal(
-        TrainBatches(dataset, PREPROCESS, None, **options).positions(late),
-        np.concatenate([rank.positions(late) for rank in ranks]),
-    )

@@ -34,7 +34,7 @@ def test_a_folder_becomes_sound_shards(photos: Path, tmp_path: Path) -> None:
     assert result == {"samples": 4, "shards": 2, "faults": {}, "out": str(tmp_path / "out")}
     assert sum(done) == 4
     paths = resolve_shards(tmp_path / "out")
-    assert [path.name for path in paths] == ["00000.tar", "00001.tar"]
+    assert [Path(path).name for path in paths] == ["00000.tar", "00001.tar"]
     assert check_shards(paths) == []
     dataset = ShardDataset(paths)
     found = {dataset[position].meta["path"]: dataset[position] for position in range(4)}
@@ -134,3 +134,34 @@ def test_what_cannot_be_packed(photos: Path, tmp_path: Path, shards: Path) -> No
     with pytest.raises(ArtifactError, match="already exists"):
         pack(photos, photos / "sub")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "shards"]
+
+
+def test_processes_give_the_same_bytes_as_one(photos: Path, tmp_path: Path) -> None:
+    for jobs in (1, 2):
+        pack(photos, tmp_path / f"out{jobs}", per_shard=1, jobs=jobs)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out1").iterdir()}
+    assert len(list((tmp_path / "out1").glob("*.tar"))) == 4
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "out2").iterdir()}
+
+
+def test_the_folder_is_indexed(photos: Path, tmp_path: Path) -> None:
+    pack(photos, tmp_path / "out", per_shard=3)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert [(shard["name"], shard["samples"]) for shard in manifest["shards"]] == [
+        ("00000.tar", 3),
+        ("00001.tar", 1),
+    ]
+    assert (tmp_path / "out/00001_index.parquet").is_file()
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_rows_of_which_none_can_be_used_make_no_shard(
+    photos: Path, tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    names = ["a.jpg", "b.png", "gone.png", "lost.png", "sub/c.webp"]
+    (photos / "t.csv").write_text("path,caption\n" + "".join(f"{name},words\n" for name in names))
+    result = pack(photos / "t.csv", tmp_path / "out", per_shard=2)
+    assert (result["samples"], result["shards"], result["faults"]) == (3, 2, {"missing file": 2})
+    assert [Path(path).name for path in resolve_shards(tmp_path / "out")] == ["00000.tar", "00002.tar"]
+    listed = [json.loads(line) for line in (tmp_path / "out/faults.jsonl").read_text().splitlines()]
+    assert [fault["position"] for fault in listed] == [2, 3]

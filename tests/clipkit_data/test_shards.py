@@ -15,6 +15,7 @@ import webdataset
 
 from clipkit.errors import NotFoundError
 from clipkit_data.dataset import ShardDataset
+from clipkit_data.manifest import index_shards
 from clipkit_data.shards import check_shard, check_shards, scan_shard, split_name
 from clipkit_data.sources import resolve_shards
 
@@ -69,6 +70,9 @@ def test_reads_the_layout_of_img2dataset(
     paths = resolve_shards(path.parent)
     assert paths == [path]
     assert check_shards(paths) == []
+    index_shards(path.parent)  # its own parquet file keeps its name
+    assert check_shards(paths) == []
+    assert pq.read_table(path.with_suffix(".parquet")).num_rows == 6
     dataset = ShardDataset(paths)
     assert [dataset.key(position) for position in range(4)] == [sample["__key__"] for sample in samples]
     assert dataset[2].meta["url"] == f"http://host/{int(dataset.key(2))}"
@@ -214,6 +218,18 @@ def test_stats_beside_the_shard_are_compared(write_shard: Callable[..., Path]) -
     assert reasons(path, decode=True) == [(None, "number of samples"), (None, "SHA-256")]
     stats.write_text("[]")
     assert reasons(path, decode=True) == [(None, "invalid stats")]
+
+
+def test_sizes_of_open_clip_in_the_folder_are_compared(write_shard: Callable[..., Path]) -> None:
+    paths = [write_shard(f"0000{number}.tar", 3) for number in range(3)]
+    sizes = paths[0].with_name("sizes.json")
+    sizes.write_text(json.dumps({"00000.tar": 3, "00001.tar": 4}))
+    assert [reasons(path) for path in paths] == [[], [(None, "number of samples")], []]
+    assert check_shard(paths[1]).faults[0].detail == "sizes.json says 4, the shard holds 3"
+    sizes.write_text(json.dumps({"00000.tar": 3, "00001.tar": 3, "more": 1}))
+    assert [fault.reason for fault in ShardDataset(paths).faults] == []
+    sizes.write_text("{")
+    assert reasons(paths[0]) == [(None, "invalid stats")]
 
 
 def test_missing_shard(tmp_path: Path) -> None:

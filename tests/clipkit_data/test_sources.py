@@ -4,7 +4,9 @@ import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +15,7 @@ from clipkit.errors import DataError, InputError, NotFoundError
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.records import Record, SampleFault
 from clipkit_data.sources import caption_from_name, is_shards, iter_pairs, open_source, resolve_shards
+from tests.clipkit_data.flaky_server import flaky_server
 
 
 @pytest.fixture
@@ -57,6 +60,47 @@ def test_unknown_shards(shards: Path, tmp_path: Path) -> None:
             resolve_shards(spec)
     with pytest.raises(NotFoundError, match="no sample named 'birds'"):
         resolve_shards("sample:birds")
+
+
+def test_shards_elsewhere_stay_urls(shards: Path) -> None:
+    names = [f"https://host/data/0000{number}.tar" for number in range(3)]
+    assert resolve_shards("https://host/data/{00000..00002}.tar") == names
+    assert resolve_shards(names[1]) == names[1:2]
+    assert resolve_shards(f"{names[0]}?sig=a/b") == [f"{names[0]}?sig=a/b"]
+    assert resolve_shards([shards / "00001.tar", names[2]]) == [shards / "00001.tar", names[2]]
+    assert resolve_shards(f"file://{shards}") == [shards / "00000.tar", shards / "00001.tar"]
+    assert resolve_shards(f"file://{shards}/0000{{0,1}}.tar") == resolve_shards(shards)
+    assert all(is_shards(spec) for spec in (names[0], "s3://bucket/folder", "https://host/{0..9}.tar"))
+    with pytest.raises(InputError, match="braces do not match"):
+        resolve_shards("https://host/{0..9.tar")
+
+
+def test_folders_elsewhere_are_listed(shards: Path) -> None:
+    files, root = fsspec.filesystem("memory"), f"memory://{uuid4().hex}"
+    for path in shards.iterdir():
+        files.put_file(str(path), f"{root}/{path.name}")
+    both = [f"{root}/00000.tar", f"{root}/00001.tar"]
+    assert resolve_shards(root) == resolve_shards(f"{root}/*.tar") == both
+    assert resolve_shards(f"{root}/0000[!0]*.tar") == both[1:]
+    with pytest.raises(NotFoundError, match="no shards in memory://"):
+        resolve_shards(f"{root}/nothing")
+
+
+def test_a_folder_on_a_web_server_needs_its_manifest() -> None:
+    with flaky_server() as server:
+        with pytest.raises(InputError, match="cannot list"):
+            resolve_shards(f"{server.url}/data/")
+        names = [{"name": "00000.tar"}, {"name": "00001.tar"}]
+        server.put("data/manifest.json", json.dumps({"format": 1, "shards": names}).encode())
+        both = [f"{server.url}/data/00000.tar", f"{server.url}/data/00001.tar"]
+        assert resolve_shards(f"{server.url}/data/") == both
+
+
+@pytest.mark.parametrize("spec", ["pipe:cat {0..9}.tar", "stream:https://host/{0..9}.tar"])
+def test_a_stream_is_no_source_with_an_order(spec: str) -> None:
+    assert is_shards(spec)
+    with pytest.raises(InputError, match="can only be streamed"):
+        open_source(spec)
 
 
 def test_samples_that_ship() -> None:

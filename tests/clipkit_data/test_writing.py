@@ -1,18 +1,21 @@
 """Writing shards: img2dataset's layout, the same bytes each time, nothing half-written."""
 
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipkit.errors import ConfigError
 from clipkit.files import sha256_file
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.shards import check_shards
-from clipkit_data.writing import write_shards
+from clipkit_data.writing import shard_name, write_shard, write_shards
 
 
 def samples(picture: Any, count: int) -> Iterator[dict[str, Any]]:
@@ -70,3 +73,25 @@ def test_a_source_that_fails_leaves_no_half_shard(picture: Any, tmp_path: Path) 
     assert [path.name for path in tmp_path.glob("*.tar")] == ["00000.tar"]
     with pytest.raises(ConfigError, match="per_shard"):
         write_shards([], tmp_path, per_shard=0)
+
+
+def test_members_of_any_name_are_written(picture: Any, tmp_path: Path) -> None:
+    members = {"png": picture(1), "_mask.npy": b"1", "seg.png.txt": b"2", "x" * 120: b"3", "txt": b"words"}
+    assert write_shard([(members, {"key": "000000000"})], tmp_path, "00000") == 1
+    (path,) = tmp_path.glob("*.tar")
+    with tarfile.open(path) as tar:
+        found = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    assert found == {f"000000000.{extension}": data for extension, data in members.items()}
+    assert check_shards([path]) == []
+
+
+def test_no_samples_make_no_shard(tmp_path: Path) -> None:
+    assert write_shard([], tmp_path, "00000") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.integers(1, 2_000_000), st.data())
+def test_shards_sort_by_name_as_by_number(count: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, count - 1))
+    second = data.draw(st.integers(0, count - 1))
+    assert (shard_name(first, count) < shard_name(second, count)) == (first < second)

@@ -174,7 +174,10 @@ def test_resuming_refuses_other_shards(tiny_recipe: Path, shape_shards: Path, tm
     run = tmp_path / "run"
     train_recipe(recipe_of(tiny_recipe), run, ALONE)
     other = recipe_of(tiny_recipe, "--data.train", str(shape_shards / "heldout"))
-    with pytest.raises(ArtifactError, match="not those the run started with"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"not what the run started with: .*00001\.tar is gone; .*00000\.tar: 36 samples then, 24 now",
+    ):
         train_recipe(other, run, ALONE, resume=True)
 
 
@@ -220,6 +223,8 @@ def test_damaged_samples_are_replaced_and_reported(
     run = tmp_path / "run"
     result = train_recipe(recipe_of(tiny_recipe, "--data.train", str(shards)), run, ALONE)
     assert sum(result["faults"].values()) == 1
-    fault = json.loads((run / "faults-0.jsonl").read_text())
-    assert fault["key"] == "000000000"
+    bad = json.loads((run / "quarantine.jsonl").read_text())
+    assert (bad["shard"], bad["index"], bad["key"]) == ("00000.tar", 0, "000000000")
+    last = max((run / "checkpoints").iterdir())
+    assert (last / "quarantine.jsonl").read_text() == (run / "quarantine.jsonl").read_text()
     assert load_model(str(run / "model")).dim == 32

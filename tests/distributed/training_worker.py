@@ -5,7 +5,6 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from clipkit_data.loader import TrainBatches
 from clipkit_training.loop import Trainer
 from clipkit_training.recipe import load_recipe
 from clipkit_training.world import world_from_environment
@@ -15,19 +14,7 @@ def main(recipe_path: str, out: str) -> None:
     recipe = load_recipe(recipe_path)
     with world_from_environment(recipe.device) as world:
         trainer = Trainer(recipe, Path(out).parent, world)
-        batch = next(
-            iter(
-                TrainBatches(
-                    trainer.data,
-                    trainer.model.preprocess,
-                    trainer.model.tokenizer,
-                    batch_size=recipe.data.batch_size,
-                    rank=world.rank,
-                    world=world.size,
-                    augment=recipe.data.augment,
-                )
-            )
-        )
+        batch = next(iter(trainer.data.batches(0)))
         loss, metrics = trainer.parallel(batch.images, batch.ids)
         loss.backward()
         if world.main:

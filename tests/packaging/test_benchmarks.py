@@ -39,3 +39,61 @@ def test_losses_on_two_processes_beside_open_clip(tmp_path: Path) -> None:
     printed = run(str(BENCHMARKS / "loss_distributed.py"), *small, "--json", str(path))
     for name in ("clipkit", "clipkit ring", "open_clip"):
         assert f"| 2 | float32 | {name} |" in printed
+
+
+SMALL = ["--workers", "0", "--batch", "8", "--pictures", "8", "--rounds", "1", "--seconds", "0.1"]
+
+
+def test_loaders_beside_webdataset_and_a_peer_that_is_not_installed(tmp_path: Path) -> None:
+    path, plot = tmp_path / "runs.json", tmp_path / "plot.svg"
+    methods = ["--methods", "clipkit", "webdataset", "energon", "--sizes", "640x480", "--geometry", "crop"]
+    files = ["--folder", str(tmp_path / "sets"), "--json", str(path), "--plot", str(plot)]
+    printed = run(str(BENCHMARKS / "loader.py"), *methods, *SMALL, *files)
+    assert "| 640x480 | crop | 0 | energon | not installed: see --install |" in printed
+    found = json.loads(path.read_text())
+    rows = {row["method"]: row for row in found["rows"]}
+    assert list(rows) == ["clipkit", "webdataset", "energon"]
+    for name in ("clipkit", "webdataset"):
+        assert rows[name]["samples/s"] > 0
+        assert rows[name]["samples/CPU s"] > 0
+    assert rows["clipkit"]["samples/CPU s ÷ ours"] == 1
+    (levels,) = found["pixels"]
+    assert levels["pictures"] == 8
+    assert levels["largest"] <= 2
+    assert levels["beyond one"] <= 8  # of 150,528 values in each
+    assert levels["share"] < 0.01
+    assert "<svg" in plot.read_text()
+
+
+def test_time_to_the_first_batch_of_many_shards(tmp_path: Path) -> None:
+    path = tmp_path / "runs.json"
+    small = ["--startup", "--shards", "20", "--batch", "8", "--rounds", "1"]
+    files = ["--folder", str(tmp_path / "sets"), "--json", str(path)]
+    run(str(BENCHMARKS / "loader.py"), *small, "--methods", "clipkit", *files)
+    found = json.loads(path.read_text())
+    rows = {row["method"]: row for row in found["rows"]}
+    for name in ("clipkit", "clipkit, no index"):
+        assert rows[name]["runs"][0]["samples"] == 320
+        assert rows[name]["first"] > 0
+        assert rows[name]["resume"] > 0
+    assert found["order"]["samples"] == 2_000_000_000
+    assert found["order"]["extra"] < 1e9
+
+
+def test_the_time_of_workers_counts_while_they_live_and_after() -> None:
+    burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(1, flush=True)\ninput()"
+    script = f"""
+import subprocess, sys
+from loader_peers.measure import cpu_seconds
+before, pipe = cpu_seconds(), subprocess.PIPE
+child = subprocess.Popen([sys.executable, "-c", {burn!r}], stdin=pipe, stdout=pipe)
+child.stdout.readline()
+alive = cpu_seconds() - before
+child.communicate(b"1")
+print(alive, cpu_seconds() - before)
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    alive, after = map(float, done.stdout.split())
+    assert alive >= 0.45
+    assert after >= alive

@@ -145,7 +145,7 @@ def test_the_lock_pins_what_the_images_install(stages: list[Stage]) -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pins = {re.sub("[-_.]+", "-", line.split("==")[0]).lower() for line in lines if "==" in line}
     wanted = ["hatchling", *PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cpu"]]
-    names = {re.sub("[-_.]+", "-", re.split("[<>=!~ ;]", line)[0]).lower() for line in wanted}
+    names = {re.sub("[-_.]+", "-", re.split(r"[<>=!~ ;\[]", line)[0]).lower() for line in wanted}
     assert names <= pins
     (installing,) = stages[0].all("RUN")
     assert installing.count(" install ") == installing.count("--constraint requirements.lock") == 2

@@ -1,12 +1,14 @@
 """Checkpoints that count only when they are whole: a folder per step, with `COMMIT` written last.
 
 `run/checkpoints/step_00000120/` holds model and optimizer tensors as safetensors (no pickle), the loop's
-numbers as JSON, and a `COMMIT` with the SHA-256 of each file. A folder without a `COMMIT` that verifies is
-a crash's remains and is passed over when resuming. Nothing is ever overwritten in place.
+numbers as JSON, the bad samples found so far, and a `COMMIT` with the SHA-256 of each file. A folder without
+a `COMMIT` that verifies is a crash's remains and is passed over when resuming. Nothing is ever overwritten
+in place.
 """
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,22 @@ from torch import Tensor, nn
 
 from clipkit.errors import ArtifactError
 from clipkit.files import atomic_folder, atomic_write, sha256_file
+from clipkit_data.quarantine import FILE as QUARANTINE
+from clipkit_data.quarantine import BadSample, write_quarantine
 
 COMMIT = "COMMIT"
 KEEP = 2
 
 
 def save_checkpoint(
-    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    bad: Sequence[BadSample] = (),
 ) -> Path:
-    """Write the checkpoint of a step and drop all but the newest `KEEP`.
+    """Write the checkpoint of a step; drop all but the newest `KEEP`, and what a killed process left.
 
     Args:
         run: The run folder.
@@ -32,12 +41,16 @@ def save_checkpoint(
         model: Its state dict is saved.
         optimizer: AdamW-like: its per-parameter state must be tensors.
         state: JSON-able numbers of the loop.
+        bad: The samples that could not be used so far.
     """
     folder = run / "checkpoints" / f"step_{step:08d}"
+    for remains in folder.parent.glob(".step_*"):  # of a process that was killed here
+        shutil.rmtree(remains)
     with atomic_folder(folder, overwrite=True) as temporary:
         save_file(_contiguous(model.state_dict()), temporary / "model.safetensors")
         save_file(_contiguous(_optimizer_tensors(optimizer)), temporary / "optimizer.safetensors")
         atomic_write(temporary / "state.json", json.dumps(state, indent=2))
+        write_quarantine(temporary / QUARANTINE, bad)
         digests = {item.name: sha256_file(item) for item in sorted(temporary.iterdir())}
         atomic_write(temporary / COMMIT, json.dumps({"step": step, "files": digests}, indent=2))
     earlier = [other for other in sorted((run / "checkpoints").glob("step_*")) if other.name <= folder.name]

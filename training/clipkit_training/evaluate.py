@@ -238,6 +238,7 @@ def evaluate_model(
     return result
 
 
-def _distinct(specs: Sequence[str]) -> list[Path]:
+def _distinct(specs: Sequence[str]) -> list[Path | str]:
     """The shards of several sources, each once."""
-    return list(dict.fromkeys(path.resolve() for spec in specs for path in resolve_shards(spec)))
+    shards = [path for spec in specs for path in resolve_shards(spec)]
+    return list(dict.fromkeys(path.resolve() if isinstance(path, Path) else path for path in shards))

@@ -6,12 +6,12 @@ optimizer and one integer. The budget is steps, epochs or minutes; progress thro
 drives the learning rate.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipkit.errors import ArtifactError, ClipkitError
-from clipkit.files import atomic_write
+from clipkit.errors import ClipkitError
 from clipkit.models import build_model
-from clipkit_data.captions import CaptionSampler
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.loader import Batch, TrainBatches
+from clipkit_data.loader import Batch
 from clipkit_data.pairs import EvalBatches, Pairs
-from clipkit_data.records import group_faults
+from clipkit_data.quarantine import FILE as QUARANTINE
+from clipkit_data.quarantine import BadSample, read_quarantine, write_quarantine
 from clipkit_data.sources import resolve_shards
+from clipkit_data.workers import explaining_lost_workers
 from clipkit_training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from clipkit_training.data import TrainingData
 from clipkit_training.evaluate import live_report
 from clipkit_training.log import RunLog
 from clipkit_training.optim import build_optimizer, learning_rate
@@ -75,10 +76,11 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.precision = resolve_precision(recipe.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
-        self.data = ShardDataset(resolve_shards(recipe.data.train))
+        self.data = TrainingData(recipe, self.model, world)
         self.heldout = self._heldout_batches()
         self.step = 0
         self.spent = 0.0
+        self.bad: list[BadSample] = []
 
     def _heldout_batches(self) -> list[Pairs]:
         heldout = self.recipe.data.heldout
@@ -93,66 +95,42 @@ class Trainer:
         if folder is None:
             return
         state = load_checkpoint(folder, self.model, self.optimizer)
-        if state["data"] != self.data.fingerprint():
-            raise ArtifactError(
-                f"{folder}: the shards of data.train are not those the run started with",
-                hint="put them back, or start a new run",
-            )
+        self.data.check(state["order"], self.run)
+        self.bad = read_quarantine(folder / QUARANTINE)
         self.step, self.spent = state["step"], state["seconds"]
         self.scaler.load_state_dict(state["scaler"])
 
     def train(self) -> dict[str, Any]:
         """Train until the budget is spent. Returns what the run cost and how it ended."""
-        data, world = self.recipe.data, self.world
-        loader = TrainBatches(
-            self.data,
-            self.model.preprocess,
-            self.model.tokenizer,
-            batch_size=data.batch_size,
-            seed=self.recipe.seed,
-            rank=world.rank,
-            world=world.size,
-            workers=data.workers,
-            captions=CaptionSampler(data.captions),
-            augment=data.augment,
-            cache=data.cache,
-            start_step=self.step,
-            trim=getattr(self.model.text, "trimmable", False),
-            pin_memory=world.device.type == "cuda",
-        )
-        first = self.step
+        data, world, first = self.recipe.data, self.world, self.step
+        self.loader = self.data.batches(first, self.bad)
+        if world.main:
+            self.data.write_description(self.run, first=not first)
         budget = Budget(self._max_steps(), self._max_seconds(), self.spent, time.monotonic())
         with ExitStack() as stack:
+            stack.enter_context(explaining_lost_workers())
             log = stack.enter_context(RunLog.open(self.run, first, "training")) if world.main else None
-            self._steps(iter(loader), budget, log)
+            self._steps(iter(self.loader), budget, log)
         before, self.spent = self.spent, budget.seconds()
         taken = (self.step - first) * data.batch_size
-        result = {
+        self._write_quarantine(self.run)
+        return {
             "steps": self.step,
             "pairs": self.step * data.batch_size,
             "seconds": round(self.spent, 2),
             "pairs_per_second": round(taken / max(self.spent - before, 1e-9), 1),
             "precision": self.precision,
             "processes": world.size,
-            "faults": self._faults(loader),
+            "faults": self.data.left_out(self.bad),
         }
-        return result
 
-    def _faults(self, loader: TrainBatches) -> dict[str, int]:
-        """Samples that could not be trained on, by reason, over all processes.
-
-        Those that this rank replaced while training are added to `faults-RANK.jsonl`; those that the shards'
-        index already left out are only counted: `clipkit shards check` lists them.
-        """
-        if loader.faults:
-            path = self.run / f"faults-{self.world.rank}.jsonl"
-            before = path.read_text(encoding="utf-8") if path.is_file() else ""
-            lines = [json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in loader.faults]
-            atomic_write(path, before + "".join(line for line in lines if line not in before))
-        found = {(fault.key, fault.reason) for fault in loader.faults}
-        found |= {(str(fault.sample), fault.reason) for fault in self.data.faults}
-        everywhere = set().union(*self.world.gather(found))
-        return group_faults([reason for _, reason in sorted(everywhere)])
+    def _write_quarantine(self, folder: Path) -> None:
+        """Bring the bad samples of all processes together and write them; every process calls this."""
+        everywhere = self.world.gather(list(self.loader.quarantine.samples.values()))
+        latest_first = sorted(chain(*everywhere), key=lambda bad: -bad.step)  # another rank may be the first
+        self.bad = list({bad.id: bad for bad in latest_first}.values())
+        if self.world.main:
+            write_quarantine(folder / QUARANTINE, self.bad)
 
     def _steps(self, batches: Iterator[Batch], budget: Budget, log: RunLog | None) -> None:
         first = self.step
@@ -163,12 +141,14 @@ class Trainer:
             started = budget.seconds()
             batch = next(batches)
             loaded = budget.seconds()
-            record = self._one_step(batch, done)
+            samples = self.world.sum(batch.checksum())
+            record: dict[str, Any] = self._one_step(batch, done)
             stepped = budget.seconds()
             self.step += 1
             done = self.world.agree(budget.progress(self.step))
             if log:
                 record |= {
+                    "samples": f"{samples:016x}",
                     "samples_per_second": round(self.recipe.data.batch_size / (stepped - started), 1),
                     "loading": round((loaded - started) / (stepped - started), 3),
                     "seconds": round(stepped, 3),
@@ -188,6 +168,8 @@ class Trainer:
     def _one_step(self, batch: Batch, done: float) -> dict[str, float]:
         recipe = self.recipe
         batch = batch.to(self.world.device)
+        if recipe.data.augment_on == "device":
+            batch = batch.augmented(recipe.data.augment, recipe.seed)
         rate = learning_rate(recipe.optim, self.step, done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -219,21 +201,22 @@ class Trainer:
     def _max_steps(self) -> int | None:
         limits = [self.recipe.max_steps]
         if self.recipe.max_epochs is not None:
-            limits.append(math.ceil(self.recipe.max_epochs * len(self.data) / self.recipe.data.batch_size))
+            limits.append(math.ceil(self.recipe.max_epochs * self.data.samples / self.recipe.data.batch_size))
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _max_seconds(self) -> float | None:
         return self.recipe.max_minutes * 60 if self.recipe.max_minutes else None
 
     def _save(self, budget: Budget) -> None:
+        self._write_quarantine(self.run)
         if self.world.main:
             state = {
                 "step": self.step,
                 "seconds": budget.seconds(),
-                "data": self.data.fingerprint(),
+                "order": self.data.digest,
                 "scaler": self.scaler.state_dict(),
             }
-            save_checkpoint(self.run, self.step, self.model, self.optimizer, state)
+            save_checkpoint(self.run, self.step, self.model, self.optimizer, state, self.bad)
         self.world.barrier()
 
 

@@ -18,15 +18,22 @@ from clipkit.config import Config, load_yaml, validate
 from clipkit.errors import NotFoundError
 from clipkit.models import ModelConfig
 from clipkit_data.augment import AugmentConfig
+from clipkit_data.crop import CropConfig
 
 RECIPES = "clipkit_training.recipes"
+
+
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class DataConfig(Config):
     """What to train and to evaluate on."""
 
-    train: str
-    """Shards: a folder, a .tar, a brace pattern, or sample:NAME."""
+    train: str = ""
+    """Shards: a folder, a .tar, a brace pattern, a URL, sample:NAME, or stream:URL and pipe:COMMAND to read
+    them as they come, without the promises of order and resuming."""
+    sources: tyro.conf.SuppressFixed[tyro.conf.Fixed[dict[str, Weight]]] = Field({})
+    """Several sources instead of `train`: shards, and how often they are read relative to the others."""
     heldout: str | None = None
     """Shards whose pairs are never trained on; recall is measured on them during training."""
     batch_size: Annotated[int, Field(ge=2)] = 256
@@ -35,9 +42,26 @@ class DataConfig(Config):
     """Loader processes per rank; 0 loads in the training process."""
     cache: bool = False
     """Keep decoded pictures in memory (small sets)."""
+    lanes: Annotated[int, Field(ge=1)] | None = None
+    """How many places of an epoch are read at once; it decides the order. None: 1 for up to a million
+    samples, else 64. More lanes than processes let each process read few shards."""
+    window: Annotated[int, Field(ge=1)] | None = None
+    """Samples of a lane that are shuffled together. None: all for up to a million samples, else 8192."""
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Largest share of samples that cannot be used; beyond, training stops."""
     captions: tyro.conf.SuppressFixed[tyro.conf.Fixed[dict[str, float]]] = Field({"caption": 1.0})
     """Caption fields and how often each is drawn."""
+    crop: tyro.conf.SuppressFixed[tyro.conf.Fixed[CropConfig]] | None = None
+    """Random crops of the whole picture before it is resized; None resizes it as the model does."""
     augment: AugmentConfig = AugmentConfig()
+    augment_on: Literal["workers", "device"] = "workers"
+    """Where resized pictures are augmented: as they are loaded, or a batch at a time where the model is."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_source(self) -> "DataConfig":
+        if bool(self.train) == bool(self.sources):
+            raise ValueError("give train, or sources with their weights: one of the two")
+        return self
 
 
 class OptimConfig(Config):

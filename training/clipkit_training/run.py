@@ -4,8 +4,10 @@ The run folder holds the resolved recipe (`config.yaml`, which trains the same r
 metrics and the result. A folder that already holds a run is only ever resumed, never overwritten.
 """
 
+import fcntl
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from clipkit_training.recipe import Recipe
 from clipkit_training.world import World
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
 MAY_CHANGE = {
     *("max_minutes", "max_steps", "max_epochs", "device", "evaluations", "checkpoints", "zero_shot_field"),
-    *("data.train", "data.heldout", "data.workers", "data.cache"),
+    *("data.train", "data.heldout", "data.workers", "data.cache", "data.max_bad"),
 }
-"""What a resumed run may have otherwise than before. `data.train` may have moved: the shards are compared."""
+"""What a resumed run may have otherwise than before. Shards may have moved: their digests are compared."""
 
 
 def train_recipe(
@@ -42,7 +45,7 @@ def train_recipe(
         Steps, seconds, pairs per second and so on; also written to `run/result.json`.
 
     Raises:
-        ArtifactError: `run` already holds a run and `resume` is false.
+        ArtifactError: `run` already holds a run and `resume` is false, or a process is training in it.
         NotFoundError: There is no run in `run` to resume.
     """
     model_folder = model_folder or run / "model"
@@ -53,29 +56,50 @@ def train_recipe(
         raise ArtifactError(f"{run} already holds a run", hint="add --resume, or choose another --run")
     _check_model_folder(model_folder, replace=resume)
     trainer = Trainer(recipe, run, world)
-    if resume:
-        trainer.resume()
-    world.barrier()
-    if world.main:
-        atomic_write(run / CONFIG, dump_yaml(recipe))
-    result = trainer.train()
-    if world.main:
-        save_model(
-            trainer.model,
-            model_folder,
-            overwrite=resume,
-            training={
-                "recipe": recipe.step,
-                "data": recipe.data.train,
-                "shards": shard_digests(trainer.data),
-                "seed": recipe.seed,
-                **{key: result[key] for key in ("steps", "pairs", "seconds")},
-            },
-        )
-        result["model"] = str(model_folder)
-        atomic_write(run / "result.json", json.dumps(result, indent=2) + "\n")
-    world.barrier()
+    with _alone(run) if world.main else nullcontext():
+        if resume:
+            trainer.resume()
+        world.barrier()
+        if world.main:
+            atomic_write(run / CONFIG, dump_yaml(recipe))
+        result = trainer.train()
+        if world.main:
+            save_model(
+                trainer.model,
+                model_folder,
+                overwrite=resume,
+                training={
+                    "recipe": recipe.step,
+                    "data": recipe.data.train or recipe.data.sources,
+                    "shards": [digest for data in trainer.data.datasets for digest in shard_digests(data)],
+                    "seed": recipe.seed,
+                    **{key: result[key] for key in ("steps", "pairs", "seconds")},
+                },
+            )
+            result["model"] = str(model_folder)
+            atomic_write(run / "result.json", json.dumps(result, indent=2) + "\n")
+        world.barrier()
     return result
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Keep other trainers out of a run folder: ranks whose launcher was killed may still be at work.
+
+    The lock is the process's, not the open file's: loader workers that outlive a killed rank do not hold it.
+
+    Raises:
+        ArtifactError: Another process has it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ArtifactError(
+                f"{run}: another process is training in it", hint="end it, or choose another --run"
+            ) from None
+        yield
 
 
 def _check_same_run(recipe: Recipe, run: Path) -> None:
@@ -90,7 +114,8 @@ def _check_same_run(recipe: Recipe, run: Path) -> None:
     saved = validate(Recipe, load_yaml(run / CONFIG), where=str(run / CONFIG))
     old, new = (dict(_flat(item.model_dump(mode="json"))) for item in (saved, recipe))
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    if refused := [name for name in changed if name not in MAY_CHANGE]:
+    refused = [name for name in changed if name not in MAY_CHANGE and not name.startswith("data.sources")]
+    if refused:
         raise ConfigError(
             f"{run} was started with other values of {', '.join(refused)}",
             hint=f"resume with {run / CONFIG}, or start a new run",

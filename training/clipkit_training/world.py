@@ -39,6 +39,14 @@ class World:
         dist.broadcast(box, src=0, group=self.group)
         return float(box.item())
 
+    def sum(self, value: int) -> int:
+        """The sum of every rank's value, modulo 2^64, on every rank."""
+        box = torch.tensor([value - 2**64 if value >= 2**63 else value], dtype=torch.int64)
+        if self.group is not None:
+            box = box.to(self.device)
+            dist.all_reduce(box, group=self.group)
+        return int(box.item()) % 2**64
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank, on every rank."""
         if self.group is None:

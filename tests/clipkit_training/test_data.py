@@ -1,0 +1,89 @@
+"""What runs read: mixtures, streams, augmentation on the device, all through real training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from clipkit.errors import ClipkitError, ConfigError
+from clipkit_training.recipe import Recipe, load_recipe
+from clipkit_training.run import train_recipe
+from clipkit_training.world import World
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+def changed(path: Path, tmp_path: Path, *overrides: str, **data: Any) -> Recipe:
+    """The tiny recipe with other fields of `data`; None takes one out."""
+    fields = yaml.safe_load(path.read_text())
+    fields["data"] = {name: value for name, value in (fields["data"] | data).items() if value is not None}
+    other = tmp_path / "recipe.yaml"
+    other.write_text(yaml.safe_dump(fields))
+    return load_recipe(str(other), overrides)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def test_two_sources_are_trained_on_by_weight(tiny_recipe: Path, shape_shards: Path, tmp_path: Path) -> None:
+    train, heldout = str(shape_shards / "train"), str(shape_shards / "heldout")
+    recipe = changed(tiny_recipe, tmp_path, train=None, sources={train: 3, heldout: 1}, heldout=None)
+    result = train_recipe(recipe, tmp_path / "run", ALONE)
+    described = json.loads((tmp_path / "run/data.json").read_text())
+    assert [(source["name"], source["share"]) for source in described["sources"]] == [
+        (heldout, "1/4"),
+        (train, "1"),
+    ]
+    assert [shard["name"] for shard in described["sources"][1]["shards"]] == ["00000.tar", "00001.tar"]
+    assert result["faults"] == {}
+    other = changed(tiny_recipe, tmp_path, train=None, sources={train: 2, heldout: 1}, heldout=None)
+    with pytest.raises(ClipkitError, match="share was 1/4, is 1/3"):
+        train_recipe(other, tmp_path / "run", ALONE, resume=True)
+
+
+def test_a_recipe_has_one_kind_of_source(tiny_recipe: Path, tmp_path: Path) -> None:
+    for wrong in ({"sources": {"a": 1}}, {"train": None}):
+        with pytest.raises(ConfigError, match="train, or sources"):
+            changed(tiny_recipe, tmp_path, **wrong)
+    with pytest.raises(ConfigError, match=r"data\.sources"):
+        changed(tiny_recipe, tmp_path, train=None, sources={"a": 0})
+
+
+def test_pictures_are_augmented_alike_in_workers_and_on_the_device(tiny_recipe: Path, tmp_path: Path) -> None:
+    augment = {"rotate": 10, "brightness": 0.2, "blur": 0.5}
+    runs = []
+    for where in ("workers", "device"):
+        recipe = changed(tiny_recipe, tmp_path, "--max-steps", "4", augment=augment, augment_on=where)
+        train_recipe(recipe, tmp_path / where, ALONE)
+        runs.append(tmp_path / where)
+    assert [row["samples"] for row in rows(runs[0])] == [row["samples"] for row in rows(runs[1])]
+    first, second = map(weights, runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["stream:{}/{{00000..00001}}.tar", "pipe:cat {}/{{00000..00001}}.tar"])
+def test_a_stream_trains_and_promises_nothing(
+    kind: str, tiny_recipe: Path, shape_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = kind.format(shape_shards / "train")
+    recipe = changed(tiny_recipe, tmp_path, "--max-steps", "20", train=train)
+    run = tmp_path / "run"
+    train_recipe(recipe, run, ALONE)
+    losses = [row["loss"] for row in rows(run)]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    assert "no promised order" in caplog.text
+    assert json.loads((run / "data.json").read_text())["stream"] == train
+    longer = changed(tiny_recipe, tmp_path, "--max-steps", "22", train=train)
+    assert train_recipe(longer, run, ALONE, resume=True)["steps"] == 22
+    with pytest.raises(ConfigError, match="a stream has no epochs"):
+        train_recipe(changed(tiny_recipe, tmp_path, "--max-epochs", "1", train=train), tmp_path / "b", ALONE)

@@ -1,0 +1,175 @@
+"""What a run reads: its sources opened, its batches, and whether a resumed run reads the same.
+
+A checkpoint holds one integer and the digest of the order. When the digest differs on resuming, `data.json`,
+which the run folder keeps since its start, says what has changed.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipkit.errors import ArtifactError, ConfigError, DataError
+from clipkit.files import atomic_write
+from clipkit.models import DualEncoder
+from clipkit_data.captions import CaptionSampler
+from clipkit_data.dataset import ShardDataset
+from clipkit_data.loader import TrainBatches
+from clipkit_data.quarantine import BadSample
+from clipkit_data.records import group_faults
+from clipkit_data.sources import is_streamed, resolve_shards
+from clipkit_data.stream import StreamBatches
+from clipkit_training.recipe import Recipe
+from clipkit_training.world import World
+
+DESCRIPTION = "data.json"
+STREAM = "stream"  # in place of the digest of an order: a stream has none, and resumes as a new one
+_NAMED = 5
+
+
+class TrainingData:
+    """The sources of a recipe, opened.
+
+    Args:
+        recipe: Its `data` and `seed` decide the order.
+        world: The processes that train together; all must see the same shards.
+
+    Raises:
+        DataError: The processes see different shards.
+    """
+
+    def __init__(self, recipe: Recipe, model: DualEncoder, world: World) -> None:
+        self.recipe, self.model, self.world = recipe, model, world
+        data = recipe.data
+        self.streams = is_streamed(data.train)
+        sources = sorted(data.sources.items())  # a YAML file's order of names means nothing
+        specs = [] if self.streams else [spec for spec, _ in sources] or [data.train]
+        self.datasets = [ShardDataset(resolve_shards(spec), name=spec) for spec in specs]
+        self.weights = [weight for _, weight in sources] or None
+        self.samples = sum(len(dataset) for dataset in self.datasets)
+        if self.streams and recipe.max_epochs is not None:
+            raise ConfigError("a stream has no epochs", hint="give max_steps or max_minutes")
+        exact = self._exact(0)
+        self.digest = exact.digest() if exact else STREAM
+        if len(set(world.gather(self.digest))) > 1:
+            raise DataError(
+                "the processes do not see the same shards",
+                hint="compare the manifest.json of the shards (`clipkit shards index`) on each machine",
+            )
+
+    def batches(self, start_step: int, known_bad: Sequence[BadSample] = ()) -> TrainBatches | StreamBatches:
+        """This process's batches from a step on."""
+        exact = self._exact(start_step, known_bad)
+        if exact is not None:
+            return exact
+        model = self.model
+        options = self._options(start_step, known_bad)
+        return StreamBatches(self.recipe.data.train, model.preprocess, model.tokenizer, **options)
+
+    def _exact(self, start_step: int, known_bad: Sequence[BadSample] = ()) -> TrainBatches | None:
+        """The batches in their computed order; None for a stream."""
+        if self.streams:
+            return None
+        data, model = self.recipe.data, self.model
+        order = {"weights": self.weights, "lanes": data.lanes, "window": data.window}
+        options = self._options(start_step, known_bad)
+        return TrainBatches(
+            self.datasets, model.preprocess, model.tokenizer, cache=data.cache, **order, **options
+        )
+
+    def _options(self, start_step: int, known_bad: Sequence[BadSample]) -> dict[str, Any]:
+        """What both kinds of batches take."""
+        data, world = self.recipe.data, self.world
+        return {
+            "batch_size": data.batch_size,
+            "seed": self.recipe.seed,
+            "rank": world.rank,
+            "world": world.size,
+            "workers": data.workers,
+            "captions": CaptionSampler(data.captions),
+            "crop": data.crop,
+            "augment": data.augment if data.augment_on == "workers" else None,
+            "start_step": start_step,
+            "trim": getattr(self.model.text, "trimmable", False),
+            "pin_memory": world.device.type == "cuda",
+            "max_bad": data.max_bad,
+            "known_bad": known_bad,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The sources with their shards, as `data.json` has them."""
+        exact = self._exact(0)
+        if exact is None:
+            return {"format": 1, "order": self.digest, "stream": self.recipe.data.train, "sources": []}
+        sources = [
+            {
+                "name": dataset.name,
+                "share": str(share),
+                "lanes": source.order.lanes,
+                "window": source.order.window,
+                "samples": len(dataset),
+                "shards": dataset.manifest(),
+            }
+            for dataset, source, share in zip(
+                self.datasets, exact.plan.sources, exact.plan.mixture.shares, strict=True
+            )
+        ]
+        return {"format": 1, "order": self.digest, "sources": sources}
+
+    def write_description(self, run: Path, *, first: bool) -> None:
+        """Write `data.json`, once in a run's life: before its `first` step, or where it is missing."""
+        if first or not (run / DESCRIPTION).exists():
+            atomic_write(run / DESCRIPTION, json.dumps(self.describe(), indent=1))
+
+    def check(self, digest: str, run: Path) -> None:
+        """Refuse to go on with other data than the run started with.
+
+        Raises:
+            ArtifactError: Says what changed.
+        """
+        if digest == self.digest:
+            return
+        path = run / DESCRIPTION
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sources": []}
+        changes = list(_changes(before["sources"], self.describe()["sources"]))
+        more = [f"and {len(changes) - _NAMED} more"] if len(changes) > _NAMED else []
+        words = "; ".join(changes[:_NAMED] + more)
+        raise ArtifactError(
+            f"{run}: the data is not what the run started with: {words or 'the order is another'}",
+            hint="put the shards back, or start a new run",
+        )
+
+    def left_out(self, bad: Sequence[BadSample]) -> dict[str, int]:
+        """Samples that could not be trained on, by reason: those that the index leaves out, and `bad`."""
+        left_out = {(str(fault.shard), str(fault.sample), fault.reason) for fault in self._faults()}
+        return group_faults([reason for *_, reason in left_out] + [item.reason for item in bad])
+
+    def _faults(self) -> Iterator[Any]:
+        for dataset in self.datasets:
+            yield from dataset.faults
+
+
+def _changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What differs between two descriptions, for people."""
+    if len(before) != len(now):
+        yield f"{len(before)} sources then, {len(now)} now"
+        return
+    for old, new in zip(before, now, strict=True):
+        changes = list(_changed_shards(old["shards"], new["shards"]))
+        if not changes:
+            names = ("share", "lanes", "window")
+            changes = [f"{name} was {old[name]}, is {new[name]}" for name in names if old[name] != new[name]]
+        yield from (f"{new['name']}: {change}" for change in changes)
+
+
+def _changed_shards(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> Iterator[str]:
+    then, here = {shard["name"]: shard for shard in before}, {shard["name"]: shard for shard in now}
+    yield from (f"{name} is gone" for name in then if name not in here)
+    yield from (f"{name} is new" for name in here if name not in then)
+    for name in sorted(then.keys() & here.keys()):
+        if then[name]["samples"] != here[name]["samples"]:
+            yield f"{name}: {then[name]['samples']} samples then, {here[name]['samples']} now"
+        elif then[name]["digest"] != here[name]["digest"]:
+            yield f"{name} holds other samples"
+    if then.keys() == here.keys() and list(then) != list(here):
+        yield "the shards are in another order"
