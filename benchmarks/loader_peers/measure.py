@@ -83,8 +83,8 @@ def pixels(case: dict[str, Any]) -> dict[str, Any]:
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     from clipkit.images import Preprocess, decode_image
+    from clipkit_data.batches.pairs import EvalBatches
     from clipkit_data.dataset import ShardDataset
-    from clipkit_data.pairs import EvalBatches
 
     dataset = ShardDataset(the_set(case).paths)
     theirs: Any = image_transform(SIDE, is_train=False)
@@ -128,7 +128,7 @@ def order(_: dict[str, Any]) -> dict[str, Any]:
     """Memory and time of the order of 2 · 10⁹ samples: building it, and some batches far apart."""
     import numpy as np
 
-    from clipkit_data.order import Order, Plan, Source
+    from clipkit_data.batches.order import Order, Plan, Source
 
     seconds = list[float]()
 

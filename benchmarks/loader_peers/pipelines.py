@@ -57,9 +57,9 @@ def endless(loader: Iterable[Any]) -> Iterator[Any]:
 
 def clipkit(made: Set, geometry: str, batch: int, workers: int, start_step: int = 0) -> Batches:
     from clipkit.images import Preprocess
-    from clipkit_data.crop import CropConfig
+    from clipkit_data.batches.loader import TrainBatches
     from clipkit_data.dataset import ShardDataset
-    from clipkit_data.loader import TrainBatches
+    from clipkit_data.pictures.crop import CropConfig
 
     crop = CropConfig(scale=(0.9, 1.0)) if geometry == "crop" else None
     batches = TrainBatches(

@@ -103,8 +103,8 @@ def _once(made: Set, repeats: int) -> Set:
     """
     if (made.folder / "manifest.json").exists():
         return made
-    from clipkit_data.manifest import index_shards
-    from clipkit_data.writing import write_shards
+    from clipkit_data.shards.writing import write_shards
+    from clipkit_data.tools.indexing import index_shards
 
     part, written = (made.folder.with_name(f".{made.folder.name}.{kind}") for kind in ("part", "written"))
     for folder in (part, written, *made.folder.parent.glob(f"{made.folder.name}-*")):

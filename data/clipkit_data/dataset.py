@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import DataError
-from clipkit_data.cache import ShardFiles
-from clipkit_data.energon import EnergonSamples
-from clipkit_data.index_file import AGAIN, SampleTable
-from clipkit_data.manifest import Entry
-from clipkit_data.opening import describe, label, load_index, shard_name
 from clipkit_data.records import Record, group_faults, parse_caption, parse_meta
-from clipkit_data.sample import Sample, read_sample
-from clipkit_data.shards import Fault, ShardIndex, scan_shard
-from clipkit_data.storage import is_remote
+from clipkit_data.remote.cache import ShardFiles
+from clipkit_data.remote.storage import is_remote
+from clipkit_data.shards.energon import EnergonSamples
+from clipkit_data.shards.index_file import AGAIN, SampleTable
+from clipkit_data.shards.manifest import Entry
+from clipkit_data.shards.opening import describe, label, load_index, shard_name
+from clipkit_data.shards.sample import Sample, read_sample
+from clipkit_data.shards.scan import Fault, ShardIndex, scan_shard
 
 log = logging.getLogger("clipkit_data")
 _OPEN_FILES = 64

@@ -27,11 +27,12 @@ from clipkit.errors import ArtifactError, ConfigError, DataError, ImageError, Mi
 from clipkit.files import MANIFEST, atomic_write, read_manifest, sha256_file, write_manifest
 from clipkit.images import Preprocess, decode_image, over_white
 from clipkit.models import DualEncoder, load_model
+from clipkit_data.batches.lost_workers import explaining_lost_workers
+from clipkit_data.batches.workers import in_workers
 from clipkit_data.metadata import metadata_table, table_bytes, thumbnails_table
 from clipkit_data.records import Record, RecordError, RecordSource, SampleFault, group_faults
-from clipkit_data.shards import picture_reason
+from clipkit_data.shards.scan import picture_reason
 from clipkit_data.sources import open_source
-from clipkit_data.workers import in_workers
 
 KIND = "embeddings"
 _JOB = "job.json"
@@ -88,6 +89,7 @@ def _thumbnail(image: Image.Image, size: int) -> bytes:
     return buffer.getvalue()
 
 
+@explaining_lost_workers()
 def embed(
     model: DualEncoder | str | Path,
     source: str | Path | RecordSource,

@@ -22,12 +22,12 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from clipkit_data.stats import shard_statistics
+    from clipkit_data.tools.stats import shard_statistics
 
     with progress("reading") as bar:
         found = shard_statistics(args.path, jobs=args.jobs, progress=bar.advance)
     if args.plot:
-        from clipkit_data.plots import histograms
+        from clipkit_data.tools.plots import histograms
 
         words = f"{args.path}: {found.summary['samples']:,} samples"
         histograms(found.values, args.plot, title=words)
@@ -71,8 +71,8 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _show(args: argparse.Namespace) -> int:
     from clipkit_data.dataset import ShardDataset
-    from clipkit_data.sheet import choose, write_sheet
     from clipkit_data.sources import resolve_shards
+    from clipkit_data.tools.sheet import choose, write_sheet
 
     dataset = ShardDataset(resolve_shards(args.path), name=args.path)
     positions = choose(dataset, args.count, random=args.random, seed=args.seed, keys=args.keys)
@@ -116,7 +116,7 @@ def _filter_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _filter(args: argparse.Namespace) -> int:
     from clipkit.errors import ConfigError
-    from clipkit_data.filter import DROPPED, Criteria, filter_shards
+    from clipkit_data.tools.filter import DROPPED, Criteria, filter_shards
 
     if args.out is None and not args.dry_run:
         raise ConfigError("no folder to write to", hint="name one, or give --dry-run")

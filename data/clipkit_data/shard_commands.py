@@ -73,7 +73,7 @@ def _pack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from clipkit_data.pack import FAULTS, pack
+    from clipkit_data.tools.pack import FAULTS, pack
 
     with continuable(args.out), progress("packing") as bar:
         result = pack(args.source, args.out, per_shard=args.per_shard, jobs=args.jobs, progress=bar.advance)
@@ -92,8 +92,9 @@ def _index_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from clipkit_data.manifest import export_energon_index, index_shards
+    from clipkit_data.shards.energon import export_energon_index
     from clipkit_data.sources import resolve_shards
+    from clipkit_data.tools.indexing import index_shards
 
     paths = resolve_shards(args.path)
     with progress("indexing", len(paths)) as bar:
@@ -120,8 +121,8 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from clipkit_data.check import check_in_processes
     from clipkit_data.sources import resolve_shards
+    from clipkit_data.tools.check import check_in_processes
 
     paths = resolve_shards(args.path)
     faults: list[dict[str, Any]] = []
@@ -149,7 +150,7 @@ def _reshard_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _reshard(args: argparse.Namespace) -> int:
-    from clipkit_data.reshard import FAULTS, reshard
+    from clipkit_data.tools.reshard import FAULTS, reshard
 
     with continuable(args.out), progress("copying") as bar:
         result = reshard(
@@ -174,7 +175,7 @@ def _emoji_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _emoji(args: argparse.Namespace) -> int:
-    from clipkit_data.emoji import write_emoji_shards
+    from clipkit_data.tools.emoji import write_emoji_shards
 
     with progress("rendering") as bar:
         result = write_emoji_shards(Path(args.out), progress=bar.advance)

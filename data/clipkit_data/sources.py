@@ -3,7 +3,7 @@
 Commands take one word for all of them. `open_source` turns it into something with a length whose records can
 be read in any order, so that packing, embedding and training need not know where pictures come from.
 `sample:NAME` stands for shards that ship with clipkit; `{00000..00099}` and `*` stand for many shards.
-Shards may also lie elsewhere (`s3://…`, `https://…`); `clipkit_data.cache` brings them here.
+Shards may also lie elsewhere (`s3://…`, `https://…`); `clipkit_data.remote.cache` brings them here.
 """
 
 import glob
@@ -20,13 +20,13 @@ from braceexpand import braceexpand
 
 from clipkit.errors import InputError, NotFoundError
 from clipkit_data.records import Record, RecordError, RecordSource, SampleFault, parse_caption, parse_meta
-from clipkit_data.storage import is_http, is_remote, list_shards
+from clipkit_data.remote.storage import is_http, is_remote, list_shards
 from clipkit_data.tables import TABLE_SUFFIXES, read_table
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 # Pictures that clipkit does not decode: listed all the same, so that they are reported and not passed over.
 OTHER_PICTURES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2")
-STREAMED = ("pipe:", "stream:")  # what `clipkit_data.stream` reads, and nothing else does
+STREAMED = ("pipe:", "stream:")  # what `clipkit_data.batches.stream` reads, and nothing else does
 WHAT = (
     "a SOURCE is shards (a folder of .tar, one .tar, data/{00000..00009}.tar, sample:emoji/train, or an URL "
     "as in s3://bucket/folder), a folder of pictures, or a table "
@@ -99,7 +99,7 @@ def resolve_shards(spec: str | Path | Sequence[str | Path]) -> list[Path | str]:
 
 
 def is_streamed(spec: str | Path) -> bool:
-    """Whether a SOURCE asks for `clipkit_data.stream`: `pipe:COMMAND` or `stream:SHARDS`."""
+    """Whether a SOURCE asks for `clipkit_data.batches.stream`: `pipe:COMMAND` or `stream:SHARDS`."""
     return str(spec).startswith(STREAMED)
 
 

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
-from clipkit_data.augment import AugmentConfig, _affine, _boxes, augment
 from clipkit_data.keyed import Purpose, epoch_order, keyed_integers, keyed_uniforms
+from clipkit_data.pictures.augment import AugmentConfig, _affine, _boxes, augment
 
 ALL = AugmentConfig(
     crop=0.3, crop_aspect=0.3, flip=0.5, rotate=15, scale=0.1, translate=0.1, shear=8,

@@ -10,12 +10,12 @@ import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-from clipkit_data import augment as draws
-from clipkit_data import pixels as ours
-from clipkit_data.augment import AugmentConfig, augment
 from clipkit_data.keyed import Purpose, keyed_uniforms
-from clipkit_data.pixels import Blend
-from clipkit_data.views import family
+from clipkit_data.pictures import augment as draws
+from clipkit_data.pictures import pixels as ours
+from clipkit_data.pictures.augment import AugmentConfig, augment
+from clipkit_data.pictures.pixels import Blend
+from clipkit_data.pictures.views import family
 
 DRAWS = 4000
 SIDE = 64

@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import ConfigError, DataError, NotFoundError
-from clipkit_data.cache import ShardFiles, default_folder
-from clipkit_data.storage import Retry
+from clipkit_data.remote.cache import ShardFiles, default_folder
+from clipkit_data.remote.storage import Retry
 from tests.clipkit_data.flaky_server import Fault, FlakyServer, flaky_server
 
 DATA = bytes(range(256)) * 1000
@@ -67,7 +67,7 @@ def until(true: Callable[[], bool]) -> None:
 
 def child(code: str, *arguments: object) -> subprocess.Popen[str]:
     """A real process that runs code with a cache module at hand."""
-    begin = "import sys\nfrom clipkit_data.cache import ShardFiles\n"
+    begin = "import sys\nfrom clipkit_data.remote.cache import ShardFiles\n"
     command = [sys.executable, "-c", begin + code, *map(str, arguments)]
     paths = os.pathsep.join(path for path in sys.path if path)
     return subprocess.Popen(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from clipkit_data.crop import CropConfig
+from clipkit_data.pictures.crop import CropConfig
 
 
 def boxes(config: CropConfig, count: int, width: int, height: int, seed: int = 0) -> np.ndarray:

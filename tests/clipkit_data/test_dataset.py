@@ -10,10 +10,10 @@ import webdataset
 
 from clipkit.errors import DataError
 from clipkit_data.dataset import ShardDataset, record_id
-from clipkit_data.manifest import index_shards
 from clipkit_data.records import RecordError
-from clipkit_data.shards import scan_shard
+from clipkit_data.shards.scan import scan_shard
 from clipkit_data.sources import resolve_shards
+from clipkit_data.tools.indexing import index_shards
 
 
 def test_records_by_position(shards: Path) -> None:

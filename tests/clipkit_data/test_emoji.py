@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from webdataset.tariterators import tar_file_expander
 
-from clipkit_data import emoji
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.emoji_split import HELDOUT, LEAST, parts_of, split_names
 from clipkit_data.records import Record
 from clipkit_data.sources import resolve_shards
+from clipkit_data.tools import emoji
+from clipkit_data.tools.emoji_split import HELDOUT, LEAST, parts_of, split_names
 
 
 @pytest.fixture(scope="module")

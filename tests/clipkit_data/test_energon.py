@@ -12,9 +12,9 @@ import pytest
 
 from clipkit.errors import DataError
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.energon import energon_path, read_energon_index
-from clipkit_data.manifest import export_energon_index, index_shards
 from clipkit_data.records import RecordError
+from clipkit_data.shards.energon import energon_path, export_energon_index, read_energon_index
+from clipkit_data.tools.indexing import index_shards
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")

@@ -14,12 +14,12 @@ from PIL import Image
 from clipkit.embedder import Embedder
 from clipkit.errors import ConfigError, DataError, InputError, MismatchError, NotFoundError
 from clipkit.models import ModelConfig, build_model, save_model
-from clipkit_data import similarity
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.filter import Criteria, filter_shards
-from clipkit_data.reshard import read_members
-from clipkit_data.similarity import near_duplicates
 from clipkit_data.sources import resolve_shards
+from clipkit_data.tools import similarity
+from clipkit_data.tools.filter import Criteria, filter_shards
+from clipkit_data.tools.reshard import read_members
+from clipkit_data.tools.similarity import near_duplicates
 
 CONFIG = ModelConfig.model_validate(
     {

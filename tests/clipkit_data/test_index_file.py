@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from clipkit.errors import DataError
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.index_file import SampleTable, in_columns, index_path, parse_index, read_index
-from clipkit_data.manifest import index_shard, index_shards
 from clipkit_data.records import RecordError
-from clipkit_data.sample import Sample, crc32_of
-from clipkit_data.shards import check_shard, scan_shard
+from clipkit_data.shards.index_file import SampleTable, in_columns, index_path, parse_index, read_index
+from clipkit_data.shards.sample import Sample, crc32_of
+from clipkit_data.shards.scan import check_shard, scan_shard
+from clipkit_data.tools.indexing import index_shard, index_shards
 
 NAMES = st.sampled_from(["jpg", "png", "txt", "json", "cls", "seg.png"])
 KEYS = st.sampled_from(["a", "b", "0001", "深/い", "d/" + "k" * 110])

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from clipkit.errors import ArtifactError, ConfigError, DataError, MismatchError
-from clipkit_data.job import Advance, each, jobs_or_cores, shards_job
-from clipkit_data.pack import pack
-from clipkit_data.writing import entry, sample_key, shard_name, write_shard
+from clipkit_data.shards.writing import entry, sample_key, shard_name, write_shard
+from clipkit_data.tools.job import Advance, each, jobs_or_cores, shards_job
+from clipkit_data.tools.pack import pack
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 KILLED = """
 import os, signal, sys
-from clipkit_data.pack import pack
+from clipkit_data.tools.pack import pack
 rows = 0
 def advance(amount):
     global rows

@@ -14,15 +14,15 @@ import torch
 from clipkit.errors import ConfigError, DataError, InputError
 from clipkit.images import Preprocess
 from clipkit.text import ClipTokenizer
-from clipkit_data.augment import AugmentConfig
+from clipkit_data.batches.loader import Batch, TrainBatches
+from clipkit_data.batches.pairs import EvalBatches, load_pairs
 from clipkit_data.captions import CaptionSampler
-from clipkit_data.crop import CropConfig
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.loader import Batch, TrainBatches
-from clipkit_data.pairs import EvalBatches, load_pairs
+from clipkit_data.pictures.augment import AugmentConfig
+from clipkit_data.pictures.crop import CropConfig
+from clipkit_data.pictures.views import family
 from clipkit_data.records import Record
 from clipkit_data.sources import resolve_shards
-from clipkit_data.views import family
 
 PREPROCESS = Preprocess(size=16)
 CONFIG = AugmentConfig(rotate=10, crop=0.2, flip=0.5, brightness=0.2, contrast=0.2, saturation=0.2)
@@ -292,7 +292,7 @@ KILLED = """
 import multiprocessing, os, signal, sys
 from clipkit.images import Preprocess
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.loader import TrainBatches
+from clipkit_data.batches.loader import TrainBatches
 running = iter(TrainBatches(ShardDataset(sys.argv[1:]), Preprocess(size=16), None, batch_size=4, workers=1))
 next(running)
 for child in multiprocessing.active_children():

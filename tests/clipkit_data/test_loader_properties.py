@@ -16,11 +16,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clipkit.images import Preprocess
-from clipkit_data.augment import AugmentConfig
+from clipkit_data.batches.loader import Batch, TrainBatches
+from clipkit_data.batches.order import _BLOCK, _SHARDS, permutation
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.loader import Batch, TrainBatches
-from clipkit_data.order import _BLOCK, _SHARDS, permutation
-from clipkit_data.writing import entry, write_shard
+from clipkit_data.pictures.augment import AugmentConfig
+from clipkit_data.shards.writing import entry, write_shard
 from tests.clipkit_data.conftest import make_picture
 
 LARGEST = 7

@@ -18,12 +18,13 @@ import webdataset
 from webdataset.writer import ShardWriter
 
 from clipkit.errors import DataError, InputError, NotFoundError
-from clipkit_data.cache import ShardFiles
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.index_file import index_path
-from clipkit_data.manifest import MANIFEST, index_shards, parse_manifest
 from clipkit_data.records import RecordError
+from clipkit_data.remote.cache import ShardFiles
+from clipkit_data.shards.index_file import index_path
+from clipkit_data.shards.manifest import MANIFEST, parse_manifest
 from clipkit_data.sources import resolve_shards
+from clipkit_data.tools.indexing import index_shards
 
 
 def opened(folder: Path) -> ShardDataset:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import ConfigError
-from clipkit_data.order import _BLOCK, _SHARDS, Mixture, Order, Plan, Source, permutation
+from clipkit_data.batches.order import _BLOCK, _SHARDS, Mixture, Order, Plan, Source, permutation
 
 SIZES = st.lists(st.integers(0, 25), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 Sample = tuple[int, int, int]

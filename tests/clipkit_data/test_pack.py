@@ -13,9 +13,9 @@ from PIL import Image
 from clipkit.errors import ArtifactError, ConfigError, DataError, InputError, NotFoundError
 from clipkit.images import decode_image
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.pack import pack
-from clipkit_data.shards import check_shards
+from clipkit_data.shards.scan import check_shards
 from clipkit_data.sources import resolve_shards
+from clipkit_data.tools.pack import pack
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clipkit.errors import ArtifactError, DataError
-from clipkit_data.quarantine import BadSample, Quarantine, read_quarantine, write_quarantine
+from clipkit_data.batches.quarantine import BadSample, Quarantine, read_quarantine, write_quarantine
 
 
 def bad(number: int, reason: str = "picture undecodable") -> BadSample:

@@ -16,10 +16,10 @@ from webdataset.writer import TarWriter
 
 from clipkit.errors import ConfigError, DataError, NotFoundError
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.manifest import index_shards
-from clipkit_data.reshard import reshard
-from clipkit_data.shards import check_shards
+from clipkit_data.shards.scan import check_shards
 from clipkit_data.sources import resolve_shards
+from clipkit_data.tools.indexing import index_shards
+from clipkit_data.tools.reshard import reshard
 
 Sample = dict[str, bytes]
 

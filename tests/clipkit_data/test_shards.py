@@ -15,9 +15,9 @@ import webdataset
 
 from clipkit.errors import NotFoundError
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.manifest import index_shards
-from clipkit_data.shards import check_shard, check_shards, scan_shard, split_name
+from clipkit_data.shards.scan import check_shard, check_shards, scan_shard, split_name
 from clipkit_data.sources import resolve_shards
+from clipkit_data.tools.indexing import index_shards
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], **options: object) -> Path:

@@ -10,7 +10,7 @@ import pytest
 from clipkit.cli import main
 from clipkit.models import ModelConfig, build_model, save_model
 from clipkit_data.commands import shards
-from clipkit_data.where import KNOWN, Where
+from clipkit_data.tools.where import KNOWN, Where
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "shards.md"
 MODEL = {

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 
 from clipkit.errors import ConfigError, InputError, NotFoundError
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.fonts import draw_text, text_width, wrap
-from clipkit_data.sheet import choose, write_sheet
 from clipkit_data.sources import resolve_shards
+from clipkit_data.tools.fonts import draw_text, text_width, wrap
+from clipkit_data.tools.sheet import choose, write_sheet
 
 COLOURS = ("#ff0000", "#00ff00", "#0000ff", "#ffff00", "#00ffff")
 

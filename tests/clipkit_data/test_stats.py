@@ -12,8 +12,8 @@ from PIL import Image
 
 from clipkit.cli import main
 from clipkit.errors import InputError, NotFoundError
-from clipkit_data.plots import histograms
-from clipkit_data.stats import QUANTITIES, shard_statistics
+from clipkit_data.tools.plots import histograms
+from clipkit_data.tools.stats import QUANTITIES, shard_statistics
 
 
 def encoded(size: tuple[int, int], kind: str, colour: str = "red", turned: bool = False) -> bytes:

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import ArtifactError, DataError, DependencyError, InputError, NotFoundError
-from clipkit_data import storage
-from clipkit_data.storage import (
+from clipkit_data.remote import storage
+from clipkit_data.remote.storage import (
     RemoteFile,
     Retry,
     is_remote,

@@ -17,12 +17,12 @@ import torch
 from clipkit.errors import ConfigError, DataError, InputError, NotFoundError
 from clipkit.images import Preprocess
 from clipkit.text import ClipTokenizer
-from clipkit_data.augment import AugmentConfig
-from clipkit_data.loader import Batch
+from clipkit_data.batches.loader import Batch
+from clipkit_data.batches.stream import StreamBatches, stream_shards
+from clipkit_data.pictures.augment import AugmentConfig
+from clipkit_data.remote.storage import Retry
+from clipkit_data.shards.tar_stream import StreamFault, read_shard, stream_id
 from clipkit_data.sources import is_streamed
-from clipkit_data.storage import Retry
-from clipkit_data.stream import StreamBatches, stream_shards
-from clipkit_data.tar_stream import StreamFault, read_shard, stream_id
 from tests.clipkit_data.flaky_server import Fault, FlakyServer, flaky_server
 
 PREPROCESS = Preprocess(size=16)

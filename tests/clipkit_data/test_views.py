@@ -9,8 +9,16 @@ from torch import Tensor
 
 from clipkit.config import dump_yaml
 from clipkit.errors import ConfigError
-from clipkit_data.augment import AugmentConfig, augment
-from clipkit_data.views import FAMILIES, ViewsConfig, ViewSpec, family, make_views, multi_crop, simclr
+from clipkit_data.pictures.augment import AugmentConfig, augment
+from clipkit_data.pictures.views import (
+    FAMILIES,
+    ViewsConfig,
+    ViewSpec,
+    family,
+    make_views,
+    multi_crop,
+    simclr,
+)
 
 ASPECT = (3 / 4, 4 / 3)
 SIMCLR = {

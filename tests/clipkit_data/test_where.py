@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import InputError
-from clipkit_data.columns import Columns
-from clipkit_data.where import Where
+from clipkit_data.tools.columns import Columns
+from clipkit_data.tools.where import Where
 
 
 def columns(**other: Any) -> Columns:

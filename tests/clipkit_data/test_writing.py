@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from clipkit.errors import ConfigError
 from clipkit.files import sha256_file
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.shards import check_shards
-from clipkit_data.writing import shard_name, write_shard, write_shards
+from clipkit_data.shards.scan import check_shards
+from clipkit_data.shards.writing import shard_name, write_shard, write_shards
 
 
 def samples(picture: Any, count: int) -> Iterator[dict[str, Any]]:

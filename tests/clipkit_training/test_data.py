@@ -46,6 +46,7 @@ def test_two_sources_are_trained_on_by_weight(tiny_recipe: Path, shape_shards: P
     ]
     assert [shard["name"] for shard in described["sources"][1]["shards"]] == ["00000.tar", "00001.tar"]
     assert result["faults"] == {}
+    assert rows(tmp_path / "run")[-1]["epochs"] == {heldout: 1.5, train: 1.5}  # 144 pairs of 24 and of 72
     other = changed(tiny_recipe, tmp_path, train=None, sources={train: 2, heldout: 1}, heldout=None)
     with pytest.raises(ClipkitError, match="share was 1/4, is 1/3"):
         train_recipe(other, tmp_path / "run", ALONE, resume=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipkit_data.shards import ShardIndex, scan_shard
+from clipkit_data.shards.scan import ShardIndex, scan_shard
 
 
 def small_shard(path: Path, form: int = tarfile.USTAR_FORMAT, samples: int = 3) -> Path:

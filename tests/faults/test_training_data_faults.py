@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from clipkit_data.manifest import index_shards
-from clipkit_data.shards import scan_shard
+from clipkit_data.shards.scan import scan_shard
+from clipkit_data.tools.indexing import index_shards
 from tests.faults.training_runs import Trainer, records, same_run, samples, write_pairs
 
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from clipkit_data.writing import entry, write_shard
+from clipkit_data.shards.writing import entry, write_shard
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("training_faults_worker.py")

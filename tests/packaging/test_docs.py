@@ -21,7 +21,7 @@ from clipkit.models import ModelConfig
 from clipkit.models.towers import IMAGE_TOWERS, TEXT_TOWERS
 from clipkit.registry import Registry
 from clipkit.text import TOKENIZERS
-from clipkit_data.augment import AugmentConfig
+from clipkit_data.pictures.augment import AugmentConfig
 from clipkit_service import Settings, create_app
 from clipkit_training.recipe import DataConfig, OptimConfig, Recipe
 from clipkit_training.steps import STEPS

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from clipkit.errors import ArtifactError
 from clipkit.files import atomic_folder, atomic_write, sha256_file
-from clipkit_data.quarantine import FILE as QUARANTINE
-from clipkit_data.quarantine import BadSample, write_quarantine
+from clipkit_data.batches.quarantine import FILE as QUARANTINE
+from clipkit_data.batches.quarantine import BadSample, write_quarantine
 
 COMMIT = "COMMIT"
 KEEP = 2

@@ -12,13 +12,13 @@ from typing import Any
 from clipkit.errors import ArtifactError, ConfigError, DataError
 from clipkit.files import atomic_write
 from clipkit.models import DualEncoder
+from clipkit_data.batches.loader import TrainBatches
+from clipkit_data.batches.quarantine import BadSample
+from clipkit_data.batches.stream import StreamBatches
 from clipkit_data.captions import CaptionSampler
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.loader import TrainBatches
-from clipkit_data.quarantine import BadSample
 from clipkit_data.records import group_faults
 from clipkit_data.sources import is_streamed, resolve_shards
-from clipkit_data.stream import StreamBatches
 from clipkit_training.recipe import Recipe
 from clipkit_training.world import World
 
@@ -50,6 +50,7 @@ class TrainingData:
         if self.streams and recipe.max_epochs is not None:
             raise ConfigError("a stream has no epochs", hint="give max_steps or max_minutes")
         exact = self._exact(0)
+        self._plan = exact.plan if exact else None
         self.digest = exact.digest() if exact else STREAM
         if len(set(world.gather(self.digest))) > 1:
             raise DataError(
@@ -95,6 +96,13 @@ class TrainingData:
             "max_bad": data.max_bad,
             "known_bad": known_bad,
         }
+
+    def epochs(self, step: int) -> dict[str, dict[str, float]]:
+        """How often each source was read in so many steps, where there are several."""
+        if self._plan is None or len(self.datasets) < 2:
+            return {}
+        read = zip(self.datasets, self._plan.epochs(step), strict=True)
+        return {"epochs": {dataset.name: round(epochs, 4) for dataset, epochs in read}}
 
     def describe(self) -> dict[str, Any]:
         """The sources with their shards, as `data.json` has them."""

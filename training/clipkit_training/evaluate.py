@@ -24,8 +24,8 @@ from clipkit.losses import clip_loss, siglip_loss
 from clipkit.metrics import retrieval_recall
 from clipkit.models import DualEncoder, build_model, load_model
 from clipkit.zero_shot import MAX_LABELS, ZeroShotClassifier
+from clipkit_data.batches.pairs import EvalBatches, Pairs
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.pairs import EvalBatches, Pairs
 from clipkit_data.records import Record, group_faults
 from clipkit_data.sources import resolve_shards
 

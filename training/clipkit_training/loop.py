@@ -22,13 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.errors import ClipkitError
 from clipkit.models import build_model
+from clipkit_data.batches.loader import Batch
+from clipkit_data.batches.lost_workers import explaining_lost_workers
+from clipkit_data.batches.pairs import EvalBatches, Pairs
+from clipkit_data.batches.quarantine import FILE as QUARANTINE
+from clipkit_data.batches.quarantine import BadSample, read_quarantine, write_quarantine
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.loader import Batch
-from clipkit_data.pairs import EvalBatches, Pairs
-from clipkit_data.quarantine import FILE as QUARANTINE
-from clipkit_data.quarantine import BadSample, read_quarantine, write_quarantine
 from clipkit_data.sources import resolve_shards
-from clipkit_data.workers import explaining_lost_workers
 from clipkit_training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from clipkit_training.data import TrainingData
 from clipkit_training.evaluate import live_report
@@ -153,7 +153,7 @@ class Trainer:
                     "loading": round((loaded - started) / (stepped - started), 3),
                     "seconds": round(stepped, 3),
                 }
-                log.step(self.step, done, record)
+                log.step(self.step, done, record | self.data.epochs(self.step))
             if (due := math.floor(done * self.recipe.evaluations)) > evaluated:
                 evaluated = due
                 if log and self.heldout:

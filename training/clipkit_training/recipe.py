@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 from clipkit.config import Config, load_yaml, validate
 from clipkit.errors import NotFoundError
 from clipkit.models import ModelConfig
-from clipkit_data.augment import AugmentConfig
-from clipkit_data.crop import CropConfig
+from clipkit_data.pictures.augment import AugmentConfig
+from clipkit_data.pictures.crop import CropConfig
 
 RECIPES = "clipkit_training.recipes"
 

@@ -1,0 +1,1 @@
+"""Samples in batches: the computed order of training, the loader, evaluation, streams."""

@@ -1,0 +1,1 @@
+"""Files elsewhere: opening what fsspec opens, trying again, and copies on this machine."""

@@ -1,0 +1,1 @@
+"""Shards as files: what a tar holds, where, and what is wrong with it; indexes, manifests, writing."""

@@ -1,0 +1,199 @@
+"""Opening shards: what is in each, learned in the cheapest way that can be trusted.
+
+In this order: the folder's manifest, if the shard has the size it names and an index file no older than the
+shard; the index file; Megatron-Energon's `.tar.idx`; a scan of the shard's headers. What has been changed
+since it was indexed is scanned again, and so is a shard whose index file is damaged: the scan is the truth,
+and whoever was promised other samples compares digests. Only the CRC-32s are missing then, and a warning
+says so. Remote shards have no times to compare; their sizes are, when they are fetched.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipkit.errors import DataError, NotFoundError
+from clipkit_data.remote.cache import ShardFiles
+from clipkit_data.remote.storage import is_http, is_remote, read_bytes, shown
+from clipkit_data.shards.energon import EnergonSamples, energon_path, read_energon_index
+from clipkit_data.shards.index_file import (
+    AGAIN,
+    SampleTable,
+    in_columns,
+    index_name,
+    index_path,
+    newer,
+    parse_index,
+    read_index,
+)
+from clipkit_data.shards.manifest import MANIFEST, Entry, entry_of, parse_manifest
+from clipkit_data.shards.scan import Fault, ShardIndex, scan_shard
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One shard as it was found: its entry, its faults, and its samples unless they can be read again."""
+
+    entry: Entry
+    faults: list[Fault]
+    samples: SampleTable | EnergonSamples | None
+
+
+def label(shard: str) -> str:
+    """A shard in messages: a path, or an URL without passwords and signatures."""
+    return shown(shard) if is_remote(shard) else shard
+
+
+def shard_name(shard: str) -> str:
+    """The file name of a shard."""
+    return os.path.basename(label(shard))
+
+
+def _beside(shard: str, name: str) -> str:
+    """The path or URL of another file in a shard's folder; a query is kept."""
+    if not is_http(shard):
+        return os.path.join(os.path.dirname(shard), name)
+    path, mark, query = shard.partition("?")
+    return path.rpartition("/")[0] + f"/{name}" + mark + query
+
+
+def _stat(shard: str) -> os.stat_result:
+    try:
+        return os.stat(shard)
+    except FileNotFoundError:
+        raise NotFoundError(f"no such shard: {shard}") from None
+    except OSError as error:
+        raise DataError(f"{shard}: cannot be read: {error.strerror or error}") from error
+
+
+def load_index(
+    shard: str, files: ShardFiles | None, warn: Callable[[str], Any], size: int | None = None
+) -> ShardIndex:
+    """The index of one shard: from a file, or by a scan; its `samples` are in columns.
+
+    Args:
+        shard: A path or URL.
+        files: For URLs.
+        warn: Called with what makes a file beside the shard useless.
+        size: Bytes that a remote shard must have.
+
+    Raises:
+        NotFoundError: No such shard.
+        DataError: It cannot be read or fetched.
+    """
+    index = _remote_index(shard, warn, size) if is_remote(shard) else _local_index(Path(shard), warn)
+    if index is None:
+        index = scan_shard(shard if files is None else files.local(shard, size), label(shard))
+        index.samples = in_columns(index.samples)
+    return index
+
+
+def _remote_index(url: str, warn: Callable[[str], Any], size: int | None) -> ShardIndex | None:
+    beside = _beside(url, index_name(shard_name(url)))
+    data = read_bytes(beside)
+    try:
+        return None if data is None else parse_index(data, label(beside), label(url), size)
+    except DataError as error:
+        warn(f"{error}; the whole shard is fetched and scanned, and its data are not checked")
+        return None
+
+
+def _local_index(path: Path, warn: Callable[[str], Any]) -> ShardIndex | None:
+    status, beside = _stat(str(path)), index_path(path)
+    if not newer(status, beside):
+        try:
+            return read_index(path, status.st_size)
+        except DataError as error:
+            warn(f"{error}; the shard is scanned instead, and its data are not checked")
+    elif beside.exists():
+        warn(f"{path} changed after it was indexed: it is scanned, and its data are not checked ({AGAIN})")
+    elif not newer(status, energon_path(path)):
+        samples = read_energon_index(path)
+        if samples:
+            return ShardIndex(path, samples, groups=len(samples), bytes=status.st_size)
+        warn(f"{energon_path(path)} does not fit the shard: it is scanned instead")
+    return None
+
+
+class _Manifests:
+    """The manifests of the shards' folders, each read once."""
+
+    def __init__(self, warn: Callable[[str], Any]) -> None:
+        self.warn = warn
+        self._read: dict[str, dict[str, Entry]] = {}
+
+    def entry(self, shard: str) -> Entry | None:
+        """What the manifest says of a shard, None when there is none or it is not of this shard."""
+        path = _beside(shard, MANIFEST)
+        folder = label(path)  # signatures differ from shard to shard
+        if folder not in self._read:
+            self._read[folder] = self._entries(path)
+        entry = self._read[folder].get(shard_name(shard))
+        if entry is None or is_remote(shard):
+            return entry
+        status = _stat(shard)
+        stale = entry.bytes != status.st_size or newer(status, index_name(shard))
+        return None if stale else entry
+
+    def _entries(self, path: str) -> dict[str, Entry]:
+        # A store that does not answer stops here: without a manifest all shards would be fetched and scanned.
+        data = read_bytes(path) if is_remote(path) else None
+        try:
+            if not is_remote(path) and Path(path).is_file():
+                data = Path(path).read_bytes()
+            return {} if data is None else parse_manifest(data, path)
+        except (DataError, OSError) as error:
+            self.warn(f"{error}; it is not used")
+            return {}
+
+
+def describe(
+    shards: Sequence[str],
+    files: ShardFiles | None,
+    warn: Callable[[str], Any],
+    *,
+    jobs: int | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> list[Found]:
+    """What is in each shard.
+
+    Args:
+        shards: Paths and URLs.
+        files: For URLs.
+        warn: Called once with the first thing that makes files beside shards useless, and how many more.
+        jobs: Threads for shards that no manifest covers; by default some for each core.
+        progress: Called with the number of shards done.
+
+    Raises:
+        NotFoundError: A shard does not exist.
+        DataError: A shard cannot be read or fetched.
+    """
+    notes: list[str] = []
+    manifests = _Manifests(notes.append)
+    entries = [manifests.entry(shard) for shard in shards]
+    rest = [number for number, entry in enumerate(entries) if entry is None or entry.faults]
+    if progress and len(rest) < len(shards):
+        progress(len(shards) - len(rest))
+
+    def learn(number: int) -> Found:
+        known = entries[number]
+        index = load_index(shards[number], files, notes.append, known.bytes if known else None)
+        samples = index.samples
+        assert isinstance(samples, SampleTable | EnergonSamples)
+        entry = entry_of(shard_name(shards[number]), index, samples)
+        return Found(entry, index.faults, None if samples.has_crc32 else samples)
+
+    found = {number: Found(entry, [], None) for number, entry in enumerate(entries) if entry is not None}
+    pool = ThreadPoolExecutor(jobs or min(32, 4 * (os.cpu_count() or 1)))
+    try:
+        for number, one in zip(rest, pool.map(learn, rest), strict=True):
+            found[number] = one
+            if progress:
+                progress(1)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if notes:
+        warn(notes[0] + (f"; and {len(notes) - 1} more like it" if notes[1:] else ""))
+    return [found[number] for number in range(len(shards))]

@@ -1,0 +1,1 @@
+"""Making, looking at, copying and filtering shards: what the commands of `clipkit shards` do."""
