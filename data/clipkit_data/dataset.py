@@ -23,7 +23,7 @@ from clipkit_data.records import Record, group_faults, parse_caption, parse_meta
 from clipkit_data.remote.cache import ShardFiles
 from clipkit_data.remote.storage import is_remote
 from clipkit_data.shards.energon import EnergonSamples
-from clipkit_data.shards.index_file import AGAIN, SampleTable
+from clipkit_data.shards.index_file import CHANGED, SampleTable
 from clipkit_data.shards.manifest import Entry
 from clipkit_data.shards.opening import describe, label, load_index, shard_name
 from clipkit_data.shards.sample import Sample, read_sample
@@ -222,7 +222,7 @@ class ShardDataset:
         if samples.digest != self._digests[shard].hex():
             raise DataError(
                 f"{label(path)} holds other samples than its folder's manifest or its index file said",
-                hint=AGAIN,
+                hint=CHANGED,
             )
         return samples
 
@@ -238,7 +238,10 @@ class ShardDataset:
             else:
                 file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{path}: cannot be opened: {error.strerror or error}") from error
+            raise DataError(f"{label(path)}: cannot be opened: {error.strerror or error}") from error
+        if os.fstat(file).st_size != self._bytes[shard]:
+            os.close(file)
+            raise DataError(f"{label(path)}: the shard changed after it was opened", hint=CHANGED)
         self._files[shard] = file
         if len(self._files) > _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])

@@ -117,6 +117,7 @@ def _filter_arguments(parser: argparse.ArgumentParser) -> None:
 def _filter(args: argparse.Namespace) -> int:
     from clipkit.errors import ConfigError
     from clipkit_data.tools.filter import DROPPED, Criteria, filter_shards
+    from clipkit_data.tools.reshard import FAULTS
 
     if args.out is None and not args.dry_run:
         raise ConfigError("no folder to write to", hint="name one, or give --dry-run")
@@ -135,6 +136,8 @@ def _filter(args: argparse.Namespace) -> int:
     words = f"{args.path}: {result['kept']} of {result['samples']} samples "
     words += f"kept, in {result['shards']} shards: {out}" if out else "would be kept"
     report(words, result["dropped"], str(Path(out) / DROPPED) if out else "", "dropped")
+    if out and result["faults"]:
+        report("in the source:", result["faults"], str(Path(out) / FAULTS), "fault")
     if args.json:
         print_json(result)
     return 0

@@ -98,7 +98,7 @@ def _index(args: argparse.Namespace) -> int:
 
     paths = resolve_shards(args.path)
     with progress("indexing", len(paths)) as bar:
-        result = index_shards(paths, jobs=args.jobs, progress=bar.advance)
+        result = index_shards(args.path, jobs=args.jobs, progress=bar.advance)
     if args.json:
         print_json(result)
     else:
@@ -163,7 +163,7 @@ def _reshard(args: argparse.Namespace) -> int:
             progress=bar.advance,
         )
     words = f"{args.out}: {result['samples']} samples in {result['shards']} shards"
-    report(words, result["faults"], str(Path(args.out) / FAULTS))
+    report(words, result["faults"], str(Path(args.out) / FAULTS), "fault of the source")
     if args.json:
         print_json(result)
     return 0

@@ -408,3 +408,13 @@ def test_it_travels_to_other_processes(server: FlakyServer, files: ShardFiles, m
     answers.close()
     answers.join_thread()
     assert json.loads(files.path(second).with_suffix(".tar.json").read_text())["size"] == 77
+
+
+def test_the_limit_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPKIT_CACHE_BYTES", "12345")
+    assert ShardFiles(tmp_path).limit_bytes == 12345
+    assert ShardFiles(tmp_path, 99).limit_bytes == 99
+    for wrong in ("many", "-1", "1.5", "0"):
+        monkeypatch.setenv("CLIPKIT_CACHE_BYTES", wrong)
+        with pytest.raises(ConfigError):
+            ShardFiles(tmp_path)

@@ -1,6 +1,7 @@
 """Shards as a map: the same records as webdataset gives, by position, in any process."""
 
 import logging
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from clipkit.errors import DataError
+from clipkit.errors import DataError, InputError
 from clipkit_data.dataset import ShardDataset, record_id
 from clipkit_data.records import RecordError
 from clipkit_data.shards.scan import scan_shard
@@ -95,7 +96,13 @@ def test_bad_caption_and_json_name_the_sample(
 def test_shard_that_shrinks_is_an_error(write_shard: Callable[..., Path]) -> None:
     path = write_shard("00000.tar", 3)
     dataset = ShardDataset([path])
-    path.write_bytes(path.read_bytes()[:1000])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    with pytest.raises(DataError, match="changed after it was opened"):
+        dataset[2]
+    path.write_bytes(whole)
+    assert dataset[1].key == "000000001"
+    path.write_bytes(whole[:1000])  # the file is open now
     with pytest.raises(DataError, match="became shorter"):
         dataset[2]
 
@@ -140,3 +147,22 @@ def test_the_index_of_each_shard_can_be_walked(shards: Path) -> None:
     paths = resolve_shards(shards)
     dataset = ShardDataset(paths)
     assert [list(shard.samples) for shard in dataset.shards] == [list(scan_shard(p).samples) for p in paths]
+
+
+def test_a_touched_shard_keeps_its_checksums(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A copy may be newer than its index: what is damaged in it must still be noticed."""
+    index_shards(shards)
+    path = shards / "00000.tar"
+    data = bytearray(path.read_bytes())
+    place = data.index(b"caption 3")
+    data[place : place + 7] = b"Caption"
+    path.write_bytes(data)
+    os.utime(path, (2e9, 2e9))
+    dataset = ShardDataset(resolve_shards(shards))
+    assert not caplog.records
+    with pytest.raises(RecordError, match="CRC") as caught:
+        dataset[3]
+    assert caught.value.reason == "CRC"
+    assert dataset[4].caption == "caption 4"
+    with pytest.raises(InputError, match="part of clipkit"):
+        index_shards("sample:emoji/heldout")

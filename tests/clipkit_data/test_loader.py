@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from clipkit.errors import ConfigError, DataError, InputError
+from clipkit.errors import ConfigError, DataError, ImageError, InputError, NotFoundError
 from clipkit.images import Preprocess
 from clipkit.text import ClipTokenizer
 from clipkit_data.batches.loader import Batch, TrainBatches
 from clipkit_data.batches.pairs import EvalBatches, load_pairs
+from clipkit_data.batches.workers import in_workers
 from clipkit_data.captions import CaptionSampler
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.pictures.augment import AugmentConfig
@@ -283,9 +285,35 @@ def test_an_error_in_a_worker_is_one_line(
     path = write_shard("short/00000.tar", 4)
     dataset = ShardDataset([path])
     path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(DataError, match="became shorter after it was indexed") as caught:
+    with pytest.raises(DataError, match="changed after it was opened") as caught:
         next(iter(TrainBatches(dataset, PREPROCESS, tokenizer, batch_size=4, workers=workers)))
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_replaced_stops_the_run(write_shard: Callable[..., Path], workers: int) -> None:
+    """What stands there now is another shard: its samples are not bad ones to be replaced by spares."""
+    path = write_shard("one/00000.tar", 4)
+    source = TrainBatches(ShardDataset([path]), PREPROCESS, None, batch_size=4, workers=workers)
+    write_shard("one/00000.tar", 17)
+    with pytest.raises(DataError, match=r"00000\.tar: the shard changed after it was opened"):
+        next(iter(source))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_any_kind_comes_out_of_a_worker_as_itself(workers: int) -> None:
+    for error in (
+        NotFoundError("no x", "look at y"),
+        ConfigError("bad z"),
+        ImageError("torn", "undecodable"),
+    ):
+        with pytest.raises(type(error)) as caught:
+            list(in_workers(partial(fail, error), [1], workers=workers))
+        assert (caught.value.message, caught.value.hint) == (error.message, error.hint)
+
+
+def fail(error: Exception, key: int) -> None:
+    raise error
 
 
 KILLED = """

@@ -130,11 +130,17 @@ def test_a_shard_that_changed_after_indexing_is_scanned_again(
     assert not again._kept  # nothing was scanned
 
 
-def test_a_shard_of_the_same_size_that_is_newer_is_scanned_again(shards: Path) -> None:
+def test_what_changed_in_place_is_read_once_it_is_indexed_again(shards: Path) -> None:
     index_shards(shards)
     path = shards / "00000.tar"
     path.write_bytes(path.read_bytes().replace(b"caption 3", b"caption X"))
     later(path)
+    with pytest.raises(RecordError, match="CRC"):
+        opened(shards)[3]
+    assert opened(shards)[2].caption == "caption 2"
+    index_shards(shards)
+    after = path.stat().st_mtime + 1
+    os.utime(index_path(path), (after, after))
     assert opened(shards)[3].caption == "caption X"
 
 

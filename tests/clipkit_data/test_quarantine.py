@@ -30,8 +30,20 @@ def test_too_many_stop_with_a_report() -> None:
     assert "clipkit shards check" in str(caught.value.hint)
 
 
+def test_with_a_share_of_nothing_the_first_one_stops() -> None:
+    with pytest.raises(DataError, match="1 of 1000 samples"):
+        Quarantine(0.0).add([bad(1)], 1000)
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\x85", "\n", "\x1c", "坏"])
+def test_any_character_may_stand_in_a_key_or_message(odd: str, tmp_path: Path) -> None:
+    sample = BadSample(1, "photos", "00000.tar", 0, f"a{odd}b", "picture undecodable", f"x{odd}y", 7)
+    write_quarantine(tmp_path / "q", [sample])
+    assert read_quarantine(tmp_path / "q") == [sample]
+
+
 def test_what_an_earlier_part_of_the_run_found_does_not_count_again() -> None:
-    quarantine = Quarantine(0.0, known=[bad(n) for n in range(50)])
+    quarantine = Quarantine(0.01, known=[bad(n) for n in range(50)])
     quarantine.add([bad(3), bad(60)], 10)
     assert len(quarantine.samples) == 51
 

@@ -291,3 +291,17 @@ def test_shards_in_s3(s3: str, retry: Retry, monkeypatch: pytest.MonkeyPatch, pa
     with pytest.raises(NotFoundError):
         list_shards(f"{s3}/empty", retry)
     assert not pauses
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://me:pw@h/a.tar?sig=1", "https://h/a.tar"),
+        ("stream:https://h/{0..2}.tar?sig=1", "stream:https://h/{0..2}.tar"),
+        ("pipe:curl https://u:p@h/a?b=1 | cat - http://g/c?d", "pipe:curl https://h/a | cat - http://g/c"),
+        ("s3://bucket/what?.tar", "s3://bucket/what?.tar"),
+        ("data/@home?/x.tar", "data/@home?/x.tar"),
+    ],
+)
+def test_secrets_are_not_shown(url: str, words: str) -> None:
+    assert shown(url) == words

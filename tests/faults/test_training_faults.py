@@ -221,4 +221,5 @@ def test_two_weighted_sources_go_on_where_they_were(trainer: Trainer, pairs: Pat
     same_run(trainer.finish(alone, recipe=recipe), uninterrupted)
     recipe.write_text(recipe.read_text().replace("0.7", "0.6"))
     shutil.rmtree(alone / SAVED.format(8))
-    assert "share was 7/10, is 2/3" in trainer.refuse(alone, recipe=recipe)
+    words = trainer.refuse(alone, recipe=recipe)
+    assert "share was 7/10, is 2/3" in words or "share was 3/10, is 1/3" in words

@@ -76,6 +76,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
         _restore_optimizer(optimizer, load_file(folder / "optimizer.safetensors"))
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{folder} is not on this machine", hint="all processes need one run folder"
+        ) from error
     except (RuntimeError, KeyError, ValueError) as error:
         raise ArtifactError(
             f"{folder}: does not fit the recipe's model: {str(error).splitlines()[0]}",

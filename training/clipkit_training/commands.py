@@ -23,7 +23,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int | None:
     from clipkit_training.recipe import load_recipe
-    from clipkit_training.run import train_recipe
+    from clipkit_training.run import CONFIG, train_recipe
     from clipkit_training.world import world_from_environment
 
     if args.options:
@@ -32,7 +32,10 @@ def _train(args: argparse.Namespace) -> int | None:
     with world_from_environment(recipe.device) as world:
         now = time.localtime(world.agree(int(time.time())))
         run = args.run or Path("runs") / f"{Path(args.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S', now)}"
-        result = train_recipe(recipe, run, world, resume=args.resume, model_folder=args.model)
+        # torchrun starts all ranks again with the same words when one has failed (--max-restarts)
+        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run / CONFIG).is_file()
+        resume = args.resume or world.gather(again)[0]
+        result = train_recipe(recipe, run, world, resume=resume, model_folder=args.model)
         if world.main:
             if args.json:
                 print_json({"run": str(run), **result})

@@ -18,6 +18,7 @@ from clipkit_data.batches.stream import StreamBatches
 from clipkit_data.captions import CaptionSampler
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.records import group_faults
+from clipkit_data.remote.retry import shown
 from clipkit_data.sources import is_streamed, resolve_shards
 from clipkit_training.recipe import Recipe
 from clipkit_training.world import World
@@ -42,10 +43,13 @@ class TrainingData:
         self.recipe, self.model, self.world = recipe, model, world
         data = recipe.data
         self.streams = is_streamed(data.train)
-        sources = sorted(data.sources.items())  # a YAML file's order of names means nothing
-        specs = [] if self.streams else [spec for spec, _ in sources] or [data.train]
-        self.datasets = [ShardDataset(resolve_shards(spec), name=spec) for spec in specs]
-        self.weights = [weight for _, weight in sources] or None
+        specs = {} if self.streams else data.sources or {data.train: 1.0}
+        opened = [
+            (ShardDataset(resolve_shards(spec), name=shown(spec)), weight) for spec, weight in specs.items()
+        ]
+        opened.sort(key=lambda source: source[0].fingerprint())  # neither the file's order nor places count
+        self.datasets = [dataset for dataset, _ in opened]
+        self.weights = [weight for _, weight in opened] if data.sources else None
         self.samples = sum(len(dataset) for dataset in self.datasets)
         if self.streams and recipe.max_epochs is not None:
             raise ConfigError("a stream has no epochs", hint="give max_steps or max_minutes")
@@ -108,7 +112,7 @@ class TrainingData:
         """The sources with their shards, as `data.json` has them."""
         exact = self._exact(0)
         if exact is None:
-            return {"format": 1, "order": self.digest, "stream": self.recipe.data.train, "sources": []}
+            return {"format": 1, "order": self.digest, "stream": shown(self.recipe.data.train), "sources": []}
         sources = [
             {
                 "name": dataset.name,
@@ -137,9 +141,11 @@ class TrainingData:
         """
         if digest == self.digest:
             return
-        path = run / DESCRIPTION
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sources": []}
-        changes = list(_changes(before["sources"], self.describe()["sources"]))
+        try:
+            before = json.loads((run / DESCRIPTION).read_text(encoding="utf-8"))["sources"]
+        except (OSError, ValueError, KeyError):
+            before = []
+        changes = list(_changes(before, self.describe()["sources"])) if before else []
         more = [f"and {len(changes) - _NAMED} more"] if len(changes) > _NAMED else []
         words = "; ".join(changes[:_NAMED] + more)
         raise ArtifactError(

@@ -6,10 +6,11 @@ optimizer and one integer. The budget is steps, epochs or minutes; progress thro
 drives the learning rate.
 """
 
+import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -38,6 +39,8 @@ from clipkit_training.precision import autocast, resolve_precision
 from clipkit_training.recipe import Recipe
 from clipkit_training.steps import STEPS
 from clipkit_training.world import World
+
+log = logging.getLogger("clipkit_training")
 
 
 @dataclass
@@ -87,11 +90,16 @@ class Trainer:
         if not heldout or not self.recipe.evaluations or not self.world.main:
             return []
         dataset = ShardDataset(resolve_shards(heldout))
-        return list(EvalBatches(dataset, self.model.preprocess))
+        workers = self.recipe.data.workers
+        batches = list(EvalBatches(dataset, self.model.preprocess, workers=workers))
+        if left_out := sum(len(part.faults) for part in batches):
+            log.warning("%s: %d samples cannot be evaluated: see `clipkit shards check`", heldout, left_out)
+        return batches
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one."""
-        folder = newest_checkpoint(self.run)
+        newest = newest_checkpoint(self.run) if self.world.main else None
+        folder = self.world.gather(newest)[0]  # one rank chooses: another may see an older state of the disk
         if folder is None:
             return
         state = load_checkpoint(folder, self.model, self.optimizer)
@@ -109,8 +117,8 @@ class Trainer:
         budget = Budget(self._max_steps(), self._max_seconds(), self.spent, time.monotonic())
         with ExitStack() as stack:
             stack.enter_context(explaining_lost_workers())
-            log = stack.enter_context(RunLog.open(self.run, first, "training")) if world.main else None
-            self._steps(iter(self.loader), budget, log)
+            records = RunLog.open(self.run, first, "training") if world.main else nullcontext()
+            self._steps(iter(self.loader), budget, stack.enter_context(records))
         before, self.spent = self.spent, budget.seconds()
         taken = (self.step - first) * data.batch_size
         self._write_quarantine(self.run)

@@ -15,6 +15,7 @@ from clipkit.config import dump_yaml, load_yaml, validate
 from clipkit.errors import ArtifactError, ConfigError, NotFoundError
 from clipkit.files import atomic_write, read_manifest
 from clipkit.models import save_model
+from clipkit_data.remote.retry import shown
 from clipkit_training.evaluate import shard_digests
 from clipkit_training.loop import Trainer
 from clipkit_training.recipe import Recipe
@@ -70,7 +71,7 @@ def train_recipe(
                 overwrite=resume,
                 training={
                     "recipe": recipe.step,
-                    "data": recipe.data.train or recipe.data.sources,
+                    "data": shown(recipe.data.train) or {shown(k): v for k, v in recipe.data.sources.items()},
                     "shards": [digest for data in trainer.data.datasets for digest in shard_digests(data)],
                     "seed": recipe.seed,
                     **{key: result[key] for key in ("steps", "pairs", "seconds")},

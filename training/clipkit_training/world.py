@@ -16,6 +16,9 @@ import torch.distributed as dist
 
 from clipkit.errors import ConfigError
 
+TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other; the first evaluates alone meanwhile."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -68,9 +71,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device: {name!r} is no torch device", hint="try auto, cpu or cuda:0") from error
+        raise ConfigError(f"device: {name!r} is no torch device", hint="try auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {name!r} was asked for, but torch sees no GPU", hint="try device: auto")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", local_rank)
     return device
 
 
@@ -78,12 +83,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def world_from_environment(device: str = "auto") -> Iterator[World]:
     """The world that torchrun describes in the environment; a world of one without torchrun."""
     if "WORLD_SIZE" not in os.environ:
-        yield World(0, 1, pick_device(device), None)
+        alone = pick_device(device)
+        if alone.type == "cuda":
+            torch.cuda.set_device(alone)
+        yield World(0, 1, alone, None)
         return
     local = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if local.type == "cuda":
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if local.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    dist.init_process_group("nccl" if local.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), local, dist.group.WORLD)
     finally:

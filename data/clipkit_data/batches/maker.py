@@ -167,9 +167,11 @@ class BatchMaker:
 
     def _prefetch(self, step: int) -> None:
         """Ask for the shards of a later step, where shards must be fetched."""
+        if not any(source.dataset.remote for source in self.sources):
+            return
+        places = self.places(step)
         for number, source in enumerate(self.sources):
             if source.dataset.remote:
-                places = self.places(step)
                 shards = np.unique(places.shard[places.source == number])
                 source.dataset.prefetch(shards.tolist())
 

@@ -166,12 +166,12 @@ def load_pairs(
         DataError: Not one sample can be read.
     """
     parts = list(EvalBatches(dataset, preprocess, workers=workers, limit=limit, captions=captions))
-    pairs = Pairs(
+    faults = [fault for part in parts for fault in part.faults]
+    if not any(part.records for part in parts):
+        raise DataError(f"no sample can be read{f'; the first: {faults[0].detail}' if faults else ''}")
+    return Pairs(
         images=torch.cat([part.images for part in parts]),
         records=[record for part in parts for record in part.records],
         sample_ids=torch.cat([part.sample_ids for part in parts]),
-        faults=[fault for part in parts for fault in part.faults],
+        faults=faults,
     )
-    if not pairs.records:
-        raise DataError(f"no sample can be read; the first: {pairs.faults[0].detail}")
-    return pairs

@@ -46,7 +46,8 @@ class Quarantine:
     """The bad samples that came up so far.
 
     Args:
-        max_share: Largest share of the samples read here that may be bad; in [0, 1].
+        max_share: Largest share of the samples read here that may be bad, once there are more than 20;
+            with 0 the first one is too many.
         known: Bad samples of an earlier part of the run; they do not count again.
     """
 
@@ -65,7 +66,8 @@ class Quarantine:
         for bad in found:
             self.samples.setdefault(bad.id, bad)
         fresh = list(self.samples.values())[self._earlier :]
-        if len(fresh) > max(_LEAST, self.max_share * self._read):
+        least = _LEAST if self.max_share else 0
+        if len(fresh) > max(least, self.max_share * self._read):
             counts = group_faults([bad.reason for bad in fresh])
             words = ", ".join(f"{reason} ×{count}" for reason, count in counts.items())
             first = fresh[0]
@@ -94,6 +96,6 @@ def read_quarantine(path: Path) -> list[BadSample]:
     if not path.is_file():
         return []
     try:
-        return [BadSample(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [BadSample(**json.loads(line)) for line in path.read_bytes().splitlines()]
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is no list of bad samples: {error}") from error

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clipkit.errors import DataError
+from clipkit.errors import ClipkitError
 from clipkit_data.batches.lost_workers import is_lost_worker, lost_worker
 
 K = TypeVar("K")
@@ -20,12 +20,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
+    kind: type[ClipkitError]
     message: str
     hint: str | None
 
 
 class _Work(Dataset[Any]):
-    """What a worker runs: the function, with a `DataError` turned into a value that can travel."""
+    """What a worker runs: the function, with an error for people turned into a value that can travel."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         self.make = make
@@ -33,8 +34,8 @@ class _Work(Dataset[Any]):
     def __getitem__(self, key: Any) -> Any:
         try:
             return self.make(key)
-        except DataError as error:
-            return _Failure(error.message, error.hint)
+        except ClipkitError as error:
+            return _Failure(type(error), error.message, error.hint)
 
 
 def in_workers(
@@ -49,7 +50,8 @@ def in_workers(
         pin_memory: Results are moved to page-locked memory by their `pin_memory()`.
 
     Raises:
-        DataError: `make` raised one, or a worker was killed while it was waited for.
+        ClipkitError: The one that `make` raised.
+        DataError: A worker was killed while it was waited for.
     """
     loader = DataLoader(
         _Work(make),
@@ -63,7 +65,9 @@ def in_workers(
     try:
         for made in loader:
             if isinstance(made, _Failure):
-                raise DataError(made.message, made.hint)
+                error = made.kind.__new__(made.kind)  # some kinds are made from more than a message
+                ClipkitError.__init__(error, made.message, made.hint)
+                raise error
             yield made
     except (RuntimeError, EOFError, ConnectionError) as error:
         # torch notices a dead worker here (or wherever the program then is, see `explaining_lost_workers`),

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from clipkit.errors import ClipkitError, ConfigError, DataError
+from clipkit.errors import ConfigError, DataError
 from clipkit_data.remote.copies import Copy, disk_faults, size_of
 from clipkit_data.remote.storage import PIECE, Remote, RemoteFile, Retry, is_remote, shown, stat
 
@@ -40,6 +40,14 @@ _WAITING = 16
 def default_folder() -> Path:
     """Where copies lie: `$CLIPKIT_CACHE`, or `~/.cache/clipkit/shards`."""
     return Path(os.environ.get("CLIPKIT_CACHE") or "~/.cache/clipkit/shards").expanduser()
+
+
+def _limit() -> int | None:
+    """`$CLIPKIT_CACHE_BYTES`. Raises: ConfigError."""
+    text = os.environ.get("CLIPKIT_CACHE_BYTES", "").strip()
+    if text and not text.isdigit():
+        raise ConfigError(f"CLIPKIT_CACHE_BYTES must be a number of bytes, got {text!r}")
+    return int(text) if text else None
 
 
 class _Process:
@@ -57,11 +65,12 @@ class _Process:
         """Fetch a shard some time soon; forgotten when many are waiting, since it is but a hint."""
         if url in self.asked:
             return
+        self.asked.add(url)
         try:
             self.wanted.put_nowait(url)
         except queue.Full:
+            self.asked.discard(url)
             return
-        self.asked.add(url)
         if len(self.threads) < _THREADS:
             self.threads.append(threading.Thread(target=self._fetch, daemon=True, name="clipkit-prefetch"))
             self.threads[-1].start()
@@ -71,7 +80,7 @@ class _Process:
             url = self.wanted.get()
             try:
                 self.owner.local(url)
-            except ClipkitError as error:  # whoever needs the shard meets it again
+            except Exception as error:  # whoever needs the shard meets it again
                 log.info("fetching ahead: %s", error)
             finally:
                 self.asked.discard(url)
@@ -84,8 +93,8 @@ class ShardFiles:
 
     Args:
         folder: Where copies are kept; None takes `default_folder()`.
-        limit_bytes: All copies together take no more than this; None sets no limit. Keep it above the shards
-            that are read at one time, or they are downloaded again and again.
+        limit_bytes: All copies together take no more than this; None takes `$CLIPKIT_CACHE_BYTES`, or no
+            limit. Keep it above the shards that are read at one time, or they are downloaded again and again.
         retry: How transient faults are met.
 
     Raises:
@@ -99,6 +108,8 @@ class ShardFiles:
         *,
         retry: Retry | None = None,
     ) -> None:
+        if limit_bytes is None:
+            limit_bytes = _limit()
         if limit_bytes is not None and limit_bytes < 1:
             raise ConfigError(f"the limit of the shard cache must be above 0 bytes, got {limit_bytes}")
         self.folder = Path(folder).expanduser() if folder is not None else default_folder()

@@ -33,7 +33,7 @@ def disk_faults(folder: Path) -> Iterator[None]:
         full = error.errno in _FULL
         raise DataError(
             f"shard cache {folder}: {'the disk is full' if full else 'no access'}: {error.strerror or error}",
-            hint="free space, set a limit below what there is, or name another folder in CLIPKIT_CACHE",
+            hint="free space, lower CLIPKIT_CACHE_BYTES, or name another folder in CLIPKIT_CACHE",
         ) from error
 
 

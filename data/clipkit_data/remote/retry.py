@@ -40,8 +40,8 @@ def is_http(url: str) -> bool:
 
 
 def shown(url: str) -> str:
-    """An URL for messages: without user, password and what follows `?`."""
-    return re.sub(r"(://)[^/@]*@", r"\1", url.partition("?")[0] if is_http(url) else url)
+    """URLs, and commands that name some, for messages: without user, password and what follows `?`."""
+    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", re.sub(r"(://)[^/@\s]*@", r"\1", url))
 
 
 @dataclass(frozen=True, slots=True)

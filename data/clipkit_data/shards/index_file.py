@@ -29,6 +29,7 @@ from clipkit_data.shards.scan import Fault, ShardIndex
 
 FORMAT = 1
 AGAIN = "run `clipkit shards index` on the shards"
+CHANGED = "run `clipkit shards check`, and `clipkit shards index` if the change was meant"
 _META = b"clipkit"
 _MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 _SCHEMA = pa.schema(

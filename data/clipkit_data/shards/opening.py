@@ -19,7 +19,7 @@ from clipkit_data.remote.cache import ShardFiles
 from clipkit_data.remote.storage import is_http, is_remote, read_bytes, shown
 from clipkit_data.shards.energon import EnergonSamples, energon_path, read_energon_index
 from clipkit_data.shards.index_file import (
-    AGAIN,
+    CHANGED,
     SampleTable,
     in_columns,
     index_name,
@@ -27,6 +27,7 @@ from clipkit_data.shards.index_file import (
     newer,
     parse_index,
     read_index,
+    with_crc32,
 )
 from clipkit_data.shards.manifest import MANIFEST, Entry, entry_of, parse_manifest
 from clipkit_data.shards.scan import Fault, ShardIndex, scan_shard
@@ -108,7 +109,12 @@ def _local_index(path: Path, warn: Callable[[str], Any]) -> ShardIndex | None:
         except DataError as error:
             warn(f"{error}; the shard is scanned instead, and its data are not checked")
     elif beside.exists():
-        warn(f"{path} changed after it was indexed: it is scanned, and its data are not checked ({AGAIN})")
+        found = scan_shard(path)
+        samples, wrong = with_crc32(path, found.samples)
+        if wrong is None:  # a copy, or a touch: each sample still has to have its CRC-32
+            found.samples = in_columns(samples)
+            return found
+        warn(f"{path} changed after it was indexed: it is scanned, and its data are not checked ({CHANGED})")
     elif not newer(status, energon_path(path)):
         samples = read_energon_index(path)
         if samples:
@@ -143,7 +149,7 @@ class _Manifests:
         try:
             if not is_remote(path) and Path(path).is_file():
                 data = Path(path).read_bytes()
-            return {} if data is None else parse_manifest(data, path)
+            return {} if data is None else parse_manifest(data, label(path))
         except (DataError, OSError) as error:
             self.warn(f"{error}; it is not used")
             return {}

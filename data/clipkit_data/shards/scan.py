@@ -220,7 +220,7 @@ def check_shard(path: Path | str, *, decode: bool = True) -> ShardIndex:
                 index.faults.extend(_content_faults(path, file, sample))
         finally:
             os.close(file)
-        index.faults.extend(_digest_faults(path))
+        index.faults.extend(digest_faults(path))
     return index
 
 
@@ -265,7 +265,7 @@ def _content_faults(path: Path, file: int, sample: Sample) -> Iterator[Fault]:
             yield Fault(str(path), sample.key, sample.members[extension][0], reason, error.message)
 
 
-def _digest_faults(path: Path) -> Iterator[Fault]:
+def digest_faults(path: Path) -> Iterator[Fault]:
     """Where the shard has not the SHA-256 that its writer gave."""
     try:
         digest = read_stats(path).get("sha256")

@@ -9,6 +9,8 @@ import hashlib
 import io
 import itertools
 import lzma
+import os
+import signal
 import subprocess
 import tarfile
 import zlib
@@ -159,7 +161,8 @@ def _opened(shard: str, retry: Retry) -> Iterator[IO[bytes]]:
 @contextmanager
 def _command(command: str) -> Iterator[IO[bytes]]:
     """What a shell command writes. Raises: DataError, after the block, when the command fails."""
-    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+    # a session of its own, so that all of `a | b` can be ended and not the shell alone
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
     output = process.stdout
     assert output is not None
     try:
@@ -174,5 +177,5 @@ def _command(command: str) -> Iterator[IO[bytes]]:
     finally:
         output.close()
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -13,7 +13,7 @@ from clipkit.errors import DataError, InputError, NotFoundError
 from clipkit_data.batches.lost_workers import explaining_lost_workers
 from clipkit_data.shards.index_file import in_columns, index_path, iter_crc32, newer, read_index, write_index
 from clipkit_data.shards.manifest import Entry, entry_of, write_manifest
-from clipkit_data.shards.scan import Fault, ShardIndex, scan_shard
+from clipkit_data.shards.scan import Fault, ShardIndex, digest_faults, scan_shard
 from clipkit_data.sources import resolve_shards
 from clipkit_data.tools.job import each, jobs_or_cores
 
@@ -43,9 +43,11 @@ def index_shards(
 
     Raises:
         NotFoundError: There are no such shards.
-        InputError: They are on another machine.
+        InputError: They are on another machine, or part of clipkit.
         DataError: A shard cannot be read or changed meanwhile, or an index file cannot be written.
     """
+    if isinstance(spec, str) and spec.startswith("sample:"):
+        raise InputError(f"{spec} is part of clipkit: it is opened as it is", hint="index your own shards")
     shards: list[Path] = []
     for shard in resolve_shards(spec):
         if not isinstance(shard, Path):
@@ -82,6 +84,7 @@ def index_shard(shard: Path) -> tuple[Entry, list[Fault]]:
     index = _up_to_date(shard, before)
     if index is None:
         index = scan_shard(shard)
+        index.faults += digest_faults(shard)
         crc32 = list(iter_crc32(shard, index.samples))
         after = shard.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
