@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from clipkit.errors import ConfigError
+from clipkit_data.keyed import Purpose, keyed_uniforms
 from clipkit_data.records import Record
 
 CAPTION = "caption"
@@ -43,6 +46,14 @@ class CaptionSampler:
         name = self._names[min(place, len(self._names) - 1)]
         text = "" if name == CAPTION else _text(record.meta.get(name), uniforms[1])
         return text or record.caption or ""
+
+
+def draw_captions(
+    captions: CaptionSampler, records: Sequence[Record], seed: int, epoch_N: np.ndarray, id_N: np.ndarray
+) -> list[str]:
+    """One caption of each record, as (seed, epoch, sample id) says; epochs and ids are integers (N,)."""
+    draws_N2 = keyed_uniforms(seed, Purpose.CAPTION, epoch_N, id_N, captions.draws).tolist()
+    return [captions.draw(record, draw) for record, draw in zip(records, draws_N2, strict=True)]
 
 
 def _text(value: Any, uniform: float) -> str:

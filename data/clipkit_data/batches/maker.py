@@ -23,9 +23,9 @@ from clipkit.text import Tokenizer, trim
 from clipkit_data.batches.order import BatchPlaces, Plan
 from clipkit_data.batches.pairs import Samples
 from clipkit_data.batches.quarantine import BadSample
-from clipkit_data.captions import CaptionSampler
+from clipkit_data.captions import CaptionSampler, draw_captions
 from clipkit_data.dataset import ShardDataset
-from clipkit_data.keyed import Purpose, keyed_integers, keyed_uniforms
+from clipkit_data.keyed import Purpose, keyed_integers
 from clipkit_data.pictures.augment import AugmentConfig, augment
 from clipkit_data.pictures.crop import CropConfig
 from clipkit_data.pictures.views import ViewsConfig, make_views
@@ -202,8 +202,7 @@ class BatchMaker:
         """Token ids of one caption per record, int64 (B, L)."""
         if self.tokenizer is None:
             return torch.zeros(len(records), 0, dtype=torch.int64)
-        draws = keyed_uniforms(self.seed, Purpose.CAPTION, epoch_B, id_B, self.captions.draws).tolist()
-        texts = [self.captions.draw(record, draw) for record, draw in zip(records, draws, strict=True)]
+        texts = draw_captions(self.captions, records, self.seed, epoch_B, id_B)
         if self.sources[0].cache:
             ids_BL = self._remembered(texts, self.tokenizer)
         else:

@@ -33,8 +33,7 @@ from clipkit_data.batches.loader import Batch
 from clipkit_data.batches.pairs import load_picture
 from clipkit_data.batches.quarantine import BadSample, Quarantine
 from clipkit_data.batches.workers import in_workers
-from clipkit_data.captions import CaptionSampler
-from clipkit_data.keyed import Purpose, keyed_uniforms
+from clipkit_data.captions import CaptionSampler, draw_captions
 from clipkit_data.pictures.augment import AugmentConfig, augment
 from clipkit_data.pictures.crop import CropConfig
 from clipkit_data.records import Record, RecordError
@@ -179,9 +178,7 @@ class _StreamMaker:
         """Token ids of one caption per record, int64 (B, L)."""
         if self.tokenizer is None:
             return torch.zeros(len(records), 0, dtype=torch.int64)
-        draws = keyed_uniforms(self.stream.seed, Purpose.CAPTION, epoch_B, id_B, self.captions.draws).tolist()
-        texts = [self.captions.draw(record, draw) for record, draw in zip(records, draws, strict=True)]
-        ids_BL = self.tokenizer.encode(texts)
+        ids_BL = self.tokenizer.encode(draw_captions(self.captions, records, self.stream.seed, epoch_B, id_B))
         return trim(ids_BL, self.tokenizer.pad_id).contiguous() if self.trim else ids_BL
 
     def _bad_samples(self, step: int) -> tuple[BadSample, ...]:
