@@ -37,6 +37,7 @@ def test_artifacts_and_figures(demo: tuple[Path, dict]) -> None:
     records = [json.loads(line) for line in (root / "out/run/metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "train"]
     assert losses[-1] < losses[0]
+    assert heldout["text_to_image"]["recall@10"] >= untrained["text_to_image"]["recall@10"]
 
 
 def test_a_finished_demo_is_served_again(demo: tuple[Path, dict], tmp_path: Path) -> None:
