@@ -8,6 +8,7 @@ what no handler foresaw becomes an opaque 500 here.
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,6 +30,7 @@ PAGE_POLICY = (
     "form-action 'self'; frame-ancestors 'none'"
 )
 _KEYED = ("/v1/", "/metrics")
+_OWN_DEADLINE = ("/healthz", "/readyz", "/metrics")  # operators ask these of a server that hangs
 
 
 class Gate:
@@ -101,7 +103,8 @@ class Gate:
     async def _pass(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         """Let the app answer, within the deadline and while the client is there."""
         body = _Body(receive, self.settings.max_body_bytes, self._too_long)
-        with anyio.CancelScope(deadline=anyio.current_time() + self.settings.deadline_s) as work:
+        seconds = math.inf if scope["path"] in _OWN_DEADLINE else self.settings.deadline_s
+        with anyio.CancelScope(deadline=anyio.current_time() + seconds) as work:
             watcher = asyncio.create_task(body.watch(lambda: None if answer.status else work.cancel()))
             try:
                 await self.app(scope, body.receive, answer)

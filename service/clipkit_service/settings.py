@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     max_batch: int = Field(16, gt=0)
     text_cache_items: int = Field(10_000, ge=0, description="Text embeddings kept.")
     decode_threads: int = Field(min(4, os.cpu_count() or 1), gt=0)
-    deadline_s: float = Field(30.0, gt=0, description="Seconds a request may take; beyond: 504.")
+    deadline_s: float = Field(30.0, gt=0, description="Seconds a request under /v1 may take; beyond: 504.")
     ready_timeout_s: float = Field(5.0, gt=0, description="Seconds /readyz waits for a forward pass.")
 
     @field_validator("allowed_hosts", "cors_origins", mode="before")
