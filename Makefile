@@ -33,5 +33,5 @@ $(STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipkit needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[cpu,emoji]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[cpu,emoji,graph,video]" --group dev
 	touch $@

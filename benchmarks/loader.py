@@ -240,7 +240,7 @@ def main() -> None:
     if args.install:
         install(args.folder, args.methods)
         return
-    host = machine.describe("torch", "torchcodec", "open_clip_torch", "webdataset", "pillow")
+    host = machine.describe("torch", "simplejpeg", "open_clip_torch", "webdataset", "pillow")
     print(host)
     if args.startup:
         rows, memory = startups(args), order(args)

@@ -43,7 +43,9 @@ def describe(error: ValidationError) -> str:
     """pydantic's report in one line: field, fault, and how many more there are."""
     faults = error.errors(include_url=False)
     first = faults[0]
-    field = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    # <…> is the variant of a union that the field belongs to
+    names = [str(part) for part in first["loc"] if not str(part).startswith("<")]
+    field = ".".join(names) or "(top level)"
     message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{field}: {message}{more}"

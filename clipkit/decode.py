@@ -1,8 +1,8 @@
 """Pictures decoded and resized fast: from bytes to the pixels a model wants to see, for whole data sets.
 
 Resizing costs Pillow more than decoding. `read_picture` does the same arithmetic with torch's antialiased
-uint8 kernel, on the decoder's own buffer, and decodes plain JPEGs with torchcodec. Nothing else changes: the
-checks are those of `clipkit.encoded`, the geometry is `Preprocess.fit`, whatever torchcodec does not decode
+uint8 kernel, on the decoder's own buffer, and decodes plain JPEGs with simplejpeg. Nothing else changes: the
+checks are those of `clipkit.encoded`, the geometry is `Preprocess.fit`, whatever simplejpeg does not decode
 exactly as Pillow goes to Pillow, and the pixels are within 1 level of
 `preprocess.uint8(decode_image(data, min_side=preprocess.min_side))` (2 at about one in a million).
 
@@ -15,6 +15,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -88,18 +89,18 @@ def decoder() -> str:
     JPEGs come from the first named. Other versions give the same pictures; single pixels may differ by a
     level.
     """
-    names = ["pillow", "torch"] if _torchcodec() is None else ["torchcodec", "pillow", "torch"]
+    names = ["pillow", "torch"] if _simplejpeg() is None else ["simplejpeg", "pillow", "torch"]
     return ", ".join(f"{name} {version(name)}" for name in names)
 
 
 @cache
-def _torchcodec() -> Callable[..., Tensor] | None:
-    """torchcodec's JPEG decoder; None where it is not installed or does not load, which is said once."""
+def _simplejpeg() -> Callable[..., np.ndarray] | None:
+    """simplejpeg's decoder; None where it is not installed or does not load, which is said once."""
     try:
-        return import_module("torchcodec.decoders").decode_jpeg
-    except Exception as error:  # built for another torch, it fails while it loads its libraries
+        return import_module("simplejpeg").decode_jpeg
+    except ImportError as error:
         why = "not installed" if isinstance(error, ModuleNotFoundError) else f"unusable: {error}"
-        log.warning("torchcodec is %s; Pillow decodes JPEGs instead, more slowly", why)
+        log.warning("simplejpeg is %s; Pillow decodes JPEGs instead, more slowly", why)
         return None
 
 
@@ -108,14 +109,12 @@ def _decode_jpeg(image: Image.Image, data: bytes, min_side: float | None, name: 
     full = image.size
     if min_side is not None:
         shrink(image, min_side)
-    # torchcodec neither scales nor turns, and has its own way with CMYK
+    # Scaled, turned and CMYK pictures are Pillow's.
     plain = image.size == full and image.mode in ("L", "RGB") and orientation(image) == 1
-    if plain and image.format == "JPEG" and (decode_jpeg := _torchcodec()) is not None:
+    if plain and image.format == "JPEG" and (decode_jpeg := _simplejpeg()) is not None:
         try:
-            # a writable copy: torch warns of buffers that are not
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_jpeg(buffer, mode="RGB")
-        except RuntimeError:
+            return torch.from_numpy(decode_jpeg(data, "RGB")).permute(2, 0, 1)
+        except ValueError:
             pass  # damaged, or of a kind that it does not know: Pillow's word counts
     return pixels(load_image(image, name))
 

@@ -3,16 +3,24 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import overload
 
 import torch
 
 from clipkit.errors import ConfigError
 from clipkit.models.dual_encoder import DualEncoder, ModelConfig
-from clipkit.models.towers import IMAGE_TOWERS, TEXT_TOWERS, build_tower
+from clipkit.models.encoder import Encoder, EncoderConfig
+from clipkit.models.towers import GRAPH_TOWERS, IMAGE_TOWERS, TEXT_TOWERS, build_tower
 from clipkit.text import build_tokenizer
 
 
-def build_model(config: ModelConfig, seed: int | None = None, folder: Path | None = None) -> DualEncoder:
+@overload
+def build_model(config: ModelConfig, seed: int | None = None, folder: Path | None = None) -> DualEncoder: ...
+@overload
+def build_model(config: EncoderConfig, seed: int | None = None, folder: Path | None = None) -> Encoder: ...
+def build_model(
+    config: ModelConfig | EncoderConfig, seed: int | None = None, folder: Path | None = None
+) -> DualEncoder | Encoder:
     """A model with new weights, on the CPU and in training mode.
 
     Args:
@@ -28,8 +36,10 @@ def build_model(config: ModelConfig, seed: int | None = None, folder: Path | Non
         NotFoundError: An unknown tower, architecture or tokenizer.
         DependencyError: Files that are neither here nor can be downloaded.
     """
+    if isinstance(config, EncoderConfig):
+        return _build_encoder(config, seed, folder)
     tokenizer = build_tokenizer(config.tokenizer, folder)
-    with _seeded(seed):
+    with seeded(seed):
         image, image_options = build_tower(IMAGE_TOWERS, config.image, config.preprocess.size)
         text, text_options = build_tower(TEXT_TOWERS, config.text, tokenizer)
         complete = config.model_copy(
@@ -41,8 +51,20 @@ def build_model(config: ModelConfig, seed: int | None = None, folder: Path | Non
             raise ConfigError(f"model.{error}") from error
 
 
+def _build_encoder(config: EncoderConfig, seed: int | None, folder: Path | None) -> Encoder:
+    tokenizer = build_tokenizer(config.tokenizer, folder) if config.modality == "text" else None
+    table = {"image": IMAGE_TOWERS, "text": TEXT_TOWERS, "graph": GRAPH_TOWERS}[config.modality]
+    argument = {"image": config.preprocess.size, "text": tokenizer, "graph": None}[config.modality]
+    with seeded(seed):
+        tower, options = build_tower(table, config.tower, argument)
+    complete = config.model_copy(
+        update={"tower": options, "tokenizer": tokenizer.config() if tokenizer else config.tokenizer}
+    )
+    return Encoder(tower, complete, tokenizer)
+
+
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
     """Draw from a seed of one's own; new weights are drawn on the CPU, so other devices are left alone."""
     if seed is None:
         yield

@@ -9,6 +9,8 @@ was cut into ranks.
 Shapes: N batch, C channels, H and W pixels, L tokens, D width.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -88,12 +90,21 @@ class ImageCNN(nn.Module):
 
 
 class TextTransformerConfig(Config):
-    """Options of the built-in text tower."""
+    """Options of the built-in text tower.
+
+    Args:
+        width: Of tokens and features.
+        layers: Transformer blocks.
+        heads: Heads of attention; they divide the width.
+        dropout: Share of what each block adds that is left out in training.
+        pooling: "end": the state of the end-of-text token; "mean": the mean of all states up to it.
+    """
 
     width: int = Field(default=128, ge=8)
     layers: int = Field(default=2, ge=1)
     heads: int = Field(default=4, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    pooling: Literal["end", "mean"] = "end"
 
     @model_validator(mode="after")
     def _check(self) -> "TextTransformerConfig":
@@ -126,7 +137,7 @@ class TransformerBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """A shallow causal transformer: (N, L) token ids to (N, width), read at the end-of-text token.
+    """A shallow causal transformer: (N, L) token ids to (N, width), read up to the end-of-text token.
 
     Causal attention makes every token after the end-of-text token irrelevant to the result, so ids may be
     trimmed to the longest caption of a batch (`trimmable`), and on a CPU captions of like length run
@@ -142,6 +153,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.eos_id = eos_id
         self.width = config.width
+        self.pooling = config.pooling
         self.token_embedding = nn.Embedding(vocab_size, config.width)
         self.position_embedding = nn.Parameter(torch.empty(context_length, config.width))
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
@@ -162,9 +174,12 @@ class TextTransformer(nn.Module):
         return torch.cat(read)[order_N.argsort()]
 
     def _read(self, x_NLD: Tensor, end_N: Tensor) -> Tensor:
-        """The features (N, width) at the end-of-text positions of embedded tokens."""
+        """The features (N, width) of embedded tokens; `end_N` are the places of the end-of-text tokens."""
         for block in self.blocks:
             x_NLD = block(x_NLD)
+        if self.pooling == "mean":
+            inside_NL = torch.arange(x_NLD.shape[1], device=end_N.device) <= end_N.unsqueeze(1)
+            return (self.norm(x_NLD) * inside_NL.unsqueeze(2)).sum(dim=1) / (end_N + 1).unsqueeze(1)
         return self.norm(x_NLD[torch.arange(len(end_N), device=end_N.device), end_N])
 
 

@@ -10,8 +10,6 @@ its fingerprint covers all of it.
 Shapes: N pictures or texts, S picture side, L tokens, D embedding dimension.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from clipkit.config import Config
 from clipkit.images import Preprocess
+from clipkit.models.fingerprint import Fingerprint
 from clipkit.text import Tokenizer, trim
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -90,7 +89,7 @@ class DualEncoder(nn.Module):
         mean, std = config.preprocess.statistics()
         self.pixel_mean = nn.Buffer(mean, persistent=False)
         self.pixel_std = nn.Buffer(std, persistent=False)
-        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+        self._fingerprint = Fingerprint()
 
     @property
     def device(self) -> torch.device:
@@ -144,37 +143,24 @@ class DualEncoder(nn.Module):
 
     def trim(self, ids_NL: Tensor) -> Tensor:
         """`ids_NL` without trailing columns of padding, where the text tower's result does not need them."""
-        return trim(ids_NL, self.tokenizer.pad_id) if getattr(self.text, "trimmable", False) else ids_NL
+        return trim(ids_NL, self.tokenizer.pad_id) if self.trimmable else ids_NL
+
+    @property
+    def trimmable(self) -> bool:
+        """Whether the text tower's result needs no padding."""
+        return getattr(self.text, "trimmable", False)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over weights, preprocessing, tokenizer and scoring: equal for equal embeddings."""
-        state = self.state_dict()
-        versions = tuple(
-            number for tensor in state.values() for number in (tensor.data_ptr(), _version(tensor))
+        return self._fingerprint.of(
+            self.state_dict(),
+            {
+                "preprocess": self.preprocess.model_dump(mode="json"),
+                "tokenizer": self.tokenizer.identity(),
+                "scoring": self.scoring,
+            },
         )
-        if self._fingerprint is None or self._fingerprint[0] != versions:
-            self._fingerprint = (versions, self._digest(state))
-        return self._fingerprint[1]
-
-    def _digest(self, state: dict[str, Tensor]) -> str:
-        digest = hashlib.sha256()
-        for name in sorted(state):
-            tensor = state[name].detach().cpu().contiguous()
-            digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        meaning = {
-            "preprocess": self.preprocess.model_dump(mode="json"),
-            "tokenizer": self.tokenizer.identity(),
-            "scoring": self.scoring,
-        }
-        digest.update(json.dumps(meaning, sort_keys=True, ensure_ascii=False).encode())
-        return digest.hexdigest()
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; tensors made in inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _projection(tower: nn.Module, width: int, dim: int | None) -> nn.Module:

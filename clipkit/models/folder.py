@@ -15,6 +15,7 @@ from clipkit.errors import ArtifactError, ClipkitError
 from clipkit.files import atomic_folder, read_manifest, write_manifest
 from clipkit.models.build import build_model
 from clipkit.models.dual_encoder import DualEncoder, ModelConfig
+from clipkit.models.encoder import Encoder, EncoderConfig
 from clipkit.text import TOKENIZER_FOLDER
 
 KIND = "model"
@@ -22,7 +23,7 @@ WEIGHTS = "model.safetensors"
 
 
 def save_model(
-    model: DualEncoder, folder: Path | str, *, overwrite: bool = False, **manifest_fields: Any
+    model: DualEncoder | Encoder, folder: Path | str, *, overwrite: bool = False, **manifest_fields: Any
 ) -> None:
     """Write a model folder, whole or not at all.
 
@@ -36,19 +37,21 @@ def save_model(
     """
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         safetensors.save_model(model, str(temporary / WEIGHTS))
-        model.tokenizer.save(temporary)
+        if model.tokenizer is not None:
+            model.tokenizer.save(temporary)
+        what = {"scoring": model.scoring} if isinstance(model, DualEncoder) else {"modality": model.modality}
         write_manifest(
             temporary,
             KIND,
             config=model.config.model_dump(mode="json"),
             fingerprint=model.fingerprint,
             dim=model.dim,
-            scoring=model.scoring,
+            **what,
             **manifest_fields,
         )
 
 
-def load_folder(folder: Path | str) -> DualEncoder:
+def load_folder(folder: Path | str) -> DualEncoder | Encoder:
     """The model of a folder that `save_model` wrote, on the CPU and in eval mode.
 
     Raises:
@@ -59,7 +62,8 @@ def load_folder(folder: Path | str) -> DualEncoder:
     manifest = read_manifest(folder, KIND)
     if not isinstance(manifest.get("config"), dict) or not (folder / WEIGHTS).is_file():
         raise ArtifactError(f"{folder} is incomplete: it has no configuration or no {WEIGHTS}")
-    config = validate(ModelConfig, manifest["config"], f"{folder}: config")
+    kind = EncoderConfig if "tower" in manifest["config"] else ModelConfig
+    config = validate(kind, manifest["config"], f"{folder}: config")
     try:
         # a seed keeps the global random state as it is; these weights are replaced at once
         files = folder if (folder / TOKENIZER_FOLDER).is_dir() else None

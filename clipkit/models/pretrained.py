@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipkit.errors import ConfigError, NotFoundError
+from clipkit.errors import ArtifactError, ConfigError, NotFoundError
 from clipkit.images import Interpolation, Preprocess
 from clipkit.models.dual_encoder import DualEncoder, ModelConfig
+from clipkit.models.encoder import Encoder, EncoderConfig
 from clipkit.models.folder import load_folder
 from clipkit.models.open_clip_weights import SCHEMES, create_open_clip, wants_quick_gelu
 from clipkit.models.towers_hf import HFImage, HFText, portable_config, transformers_errors
 from clipkit.models.towers_open_clip import OpenClipImage, OpenClipText, square
 from clipkit.text import Tokenizer, build_tokenizer
 
+KINDS = {"image": "pictures", "text": "texts", "graph": "graphs"}
 _HF_KINDS = ("clip", "siglip", "metaclip_2", "chinese_clip")
 _RESAMPLING: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}
 
 
 def load_model(name: str | Path, device: torch.device | str | None = None) -> DualEncoder:
-    """A model with its weights, in eval mode.
+    """An image-text model with its weights, in eval mode.
 
     Args:
         name: A model folder; `open_clip:NAME/TAG` (or a weights file for TAG); `hf:NAME` or `hf:FOLDER` of
@@ -35,21 +37,54 @@ def load_model(name: str | Path, device: torch.device | str | None = None) -> Du
     Raises:
         NotFoundError: An unknown name, or no such folder or file.
         DependencyError: Files that are neither here nor can be downloaded.
-        ArtifactError: Files that are damaged or do not fit together.
+        ArtifactError: Files that are damaged or do not fit together, or an encoder alone.
         ConfigError: A model of a kind that clipkit does not have, or a wrong device.
     """
     target = _device(device)
-    text = str(name)
-    if text.startswith("open_clip:"):
-        model = load_open_clip(text.removeprefix("open_clip:"))
-    elif text.startswith("hf:"):
-        model = load_hf(text.removeprefix("hf:"))
-    else:
-        model = _load_folder(name)
+    model = load_any(name)
+    if isinstance(model, Encoder):
+        raise ArtifactError(
+            f"{name} encodes {KINDS[model.modality]} alone: it is no image-text model",
+            hint="it can be judged and exported: clipkit evaluate, clipkit export",
+        )
     return model.to(target)
 
 
-def _load_folder(name: str | Path) -> DualEncoder:
+def load_encoder(name: str | Path, device: torch.device | str | None = None) -> Encoder:
+    """One encoder with its weights, in eval mode.
+
+    Args:
+        name: The folder of an encoder; or any name that `load_model` takes, whose image tower it then is,
+            without the projection.
+        device: Where to put it; the CPU by default.
+
+    Raises:
+        NotFoundError, DependencyError, ArtifactError, ConfigError: As `load_model`.
+    """
+    target = _device(device)
+    model = load_any(name)
+    if isinstance(model, DualEncoder):
+        model = image_encoder(model)
+    return model.to(target)
+
+
+def image_encoder(model: DualEncoder) -> Encoder:
+    """The image tower of an image-text model as an encoder; they share the weights."""
+    config = EncoderConfig(tower=model.config.image, preprocess=model.preprocess)
+    return Encoder(model.image, config).train(model.training)
+
+
+def load_any(name: str | Path) -> DualEncoder | Encoder:
+    """The model of that name, of whatever kind, on the CPU and in eval mode. Raises: as `load_model`."""
+    text = str(name)
+    if text.startswith("open_clip:"):
+        return load_open_clip(text.removeprefix("open_clip:"))
+    if text.startswith("hf:"):
+        return load_hf(text.removeprefix("hf:"))
+    return _load_folder(name)
+
+
+def _load_folder(name: str | Path) -> DualEncoder | Encoder:
     if not Path(name).is_dir():
         raise NotFoundError(
             f"no such model folder: {name}", hint="or name one: open_clip:ViT-B-32/laion2b_s34b_b79k, hf:NAME"

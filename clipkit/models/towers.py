@@ -1,4 +1,4 @@
-"""The towers by name: one table for pictures, one for texts.
+"""The towers by name: one table for pictures, one for texts, one for graphs.
 
 An image tower maps normalised pixels (N, 3, S, S) to (N, width); a text tower maps token ids (N, L) to
 (N, width) and says with `trimmable` whether trailing padding may be cut off without changing anything. A
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clipkit.config import Config, validate
 from clipkit.errors import ConfigError, DependencyError, NotFoundError
 from clipkit.models.builtin import CNNConfig, TextTransformerConfig, build_cnn, build_transformer
+from clipkit.models.towers_graph import GINConfig, build_gin
 from clipkit.models.towers_hf import HFImageConfig, HFTextConfig, build_hf_image, build_hf_text
 from clipkit.models.towers_open_clip import (
     OpenClipImageConfig,
@@ -24,6 +25,7 @@ from clipkit.models.towers_open_clip import (
     build_open_clip_image,
     build_open_clip_text,
 )
+from clipkit.models.towers_video import FramesConfig, build_frames
 from clipkit.registry import Registry, Spec
 from clipkit.text import Tokenizer
 
@@ -35,11 +37,15 @@ class TimmConfig(Config):
         model: timm's name, for example "vit_small_patch16_224".
         pretrained: Start from timm's weights (downloaded); a saved model has its own.
         drop_path: Stochastic depth rate.
+        small_stem: For pictures of up to 64 pixels, of a ResNet: begin with a 3×3 convolution of stride 1 and
+            without max-pooling (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual
+            Representations", appendix B.9). The convolution of a 7×7 stem is replaced by a new one.
     """
 
     model: str
     pretrained: bool = False
     drop_path: float = 0.0
+    small_stem: bool = False
 
 
 class TimmImage(nn.Module):
@@ -62,7 +68,8 @@ def build_timm(config: TimmConfig, image_size: int) -> TimmImage:
     Raises:
         NotFoundError: timm has no such model.
         DependencyError: Its weights cannot be downloaded.
-        ConfigError: It takes no pictures of that size, or has no pooled features.
+        ConfigError: It takes no pictures of that size, has no pooled features, or is no ResNet and so has no
+            small stem.
     """
     import timm
 
@@ -78,6 +85,8 @@ def build_timm(config: TimmConfig, image_size: int) -> TimmImage:
         options["img_size"] = image_size
     try:
         trunk = timm.create_model(config.model, pretrained=config.pretrained, **options)
+        if config.small_stem:
+            _make_stem_small(trunk, config.model)
         return TimmImage(trunk, image_size)
     except (OSError, RuntimeError) as error:
         if not config.pretrained:
@@ -92,6 +101,25 @@ def build_timm(config: TimmConfig, image_size: int) -> TimmImage:
         raise ConfigError(
             f"timm's {config.model!r} cannot be built for pictures of {image_size} pixels: {error}"
         ) from error
+
+
+def _make_stem_small(trunk: nn.Module, name: str) -> None:
+    """Keep the size of the picture in the stem of a ResNet; most of its variants in timm are one class."""
+    from timm.models.resnet import ResNet
+
+    if not isinstance(trunk, ResNet):
+        raise ConfigError(
+            f"small_stem: timm's {name!r} is no ResNet, its stem cannot be changed",
+            hint="leave small_stem out",
+        )
+    if isinstance(trunk.conv1, nn.Conv2d):
+        trunk.conv1 = nn.Conv2d(trunk.conv1.in_channels, trunk.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own
+    else:  # a deep stem is 3×3 convolutions already, the first one with stride 2
+        first = trunk.conv1[0]
+        assert isinstance(first, nn.Conv2d)
+        first.stride = (1, 1)
+    trunk.maxpool = nn.Identity()
 
 
 @torch.no_grad()
@@ -116,9 +144,12 @@ IMAGE_TOWERS = Registry(
         Spec("timm", TimmConfig, build_timm),
         Spec("open_clip", OpenClipImageConfig, build_open_clip_image),
         Spec("hf", HFImageConfig, build_hf_image),
+        Spec("frames", FramesConfig, build_frames),
     ),
     group="clipkit.image_towers",
 )
+
+GRAPH_TOWERS = Registry("graph tower", (Spec("gin", GINConfig, build_gin),), group="clipkit.graph_towers")
 
 TEXT_TOWERS = Registry(
     "text tower",
@@ -132,14 +163,14 @@ TEXT_TOWERS = Registry(
 
 
 def build_tower(
-    table: Registry, options: dict[str, Any], argument: int | Tokenizer
+    table: Registry, options: dict[str, Any], argument: int | Tokenizer | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """One tower and its complete options.
 
     Args:
-        table: `IMAGE_TOWERS` or `TEXT_TOWERS`.
+        table: `IMAGE_TOWERS`, `TEXT_TOWERS` or `GRAPH_TOWERS`.
         options: `{"name": …, options…}`.
-        argument: The picture size for image towers, the tokenizer for text towers.
+        argument: The picture size for image towers, the tokenizer for text towers, None for graph towers.
 
     Returns:
         The tower, and `options` with every default filled in and nothing left that needs a network.
@@ -161,4 +192,4 @@ def build_tower(
     complete = config.model_dump(mode="json")
     if "pretrained" in complete:  # the saved model has weights of its own
         complete["pretrained"] = type(config).model_fields["pretrained"].default
-    return tower, {"name": name, **complete}
+    return tower, {"name": name, **complete, **getattr(tower, "completed", {})}

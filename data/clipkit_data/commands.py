@@ -1,6 +1,6 @@
 """The commands `clipkit shards` and `clipkit embed`.
 
-Arguments are declared here, in `clipkit_data.shard_commands` and in `clipkit_data.look_commands`; the work is
+Arguments are declared here, in `clipkit_data.shard_commands`, `look_commands` and so on; the work is
 imported when a command runs, so that `--help` stays quick.
 """
 
@@ -9,8 +9,11 @@ from pathlib import Path
 
 from clipkit.cli import Command
 from clipkit.cli.output import print_json, progress
+from clipkit_data.graph_commands import GRAPHS
+from clipkit_data.known_commands import KNOWN
 from clipkit_data.look_commands import LOOKING
-from clipkit_data.shard_commands import EMOJI, MAKING, report
+from clipkit_data.moving_commands import MOVING
+from clipkit_data.shard_commands import MAKING, report
 
 
 def _embed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +69,7 @@ shards = Command(
         "  clipkit shards show sample:emoji/heldout sheet.png\n"
         '  clipkit shards filter shards/ wide/ --where "width >= 256 and aspect < 3"'
     ),
-    subcommands={**MAKING, **LOOKING, "emoji": EMOJI},
+    subcommands={**MAKING, **LOOKING, **KNOWN, "moving": MOVING, "graphs": GRAPHS},
 )
 
 embed = Command(

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from clipkit.errors import DataError
-from clipkit_data.records import Record, group_faults, parse_caption, parse_meta
+from clipkit_data.records import Record, group_faults
 from clipkit_data.remote.cache import ShardFiles
 from clipkit_data.remote.storage import is_remote
 from clipkit_data.shards.energon import EnergonSamples
 from clipkit_data.shards.index_file import CHANGED, SampleTable
 from clipkit_data.shards.manifest import Entry
 from clipkit_data.shards.opening import describe, label, load_index, shard_name
-from clipkit_data.shards.sample import Sample, read_sample
+from clipkit_data.shards.sample import Sample, read_sample, to_record
 from clipkit_data.shards.scan import Fault, ShardIndex, scan_shard
 
 log = logging.getLogger("clipkit_data")
@@ -132,13 +132,7 @@ class ShardDataset:
         shard, place = self.locate(position)
         sample, data = self._members(shard, place)
         where = f"{label(self.paths[shard])}: {sample.key}"
-        return Record(
-            id=(shard, place),
-            key=sample.key,
-            image=data[sample.image],
-            caption=parse_caption(data["txt"], where) if "txt" in data else None,
-            meta=parse_meta(data["json"], where) if "json" in data else {},
-        )
+        return to_record((shard, place), sample.key, data, where)
 
     def members(self, position: int) -> dict[str, bytes]:
         """All members of the sample at a position, by extension, as they lie in the shard.

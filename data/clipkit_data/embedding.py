@@ -25,9 +25,11 @@ from torch import Tensor
 
 from clipkit.errors import ArtifactError, ConfigError, DataError, ImageError, MismatchError
 from clipkit.files import MANIFEST, atomic_write, read_manifest, sha256_file, write_manifest
-from clipkit.images import Preprocess, decode_image, over_white
+from clipkit.images import decode_image, over_white
 from clipkit.models import DualEncoder, load_model
+from clipkit_data.batches.content import Content, Pictures
 from clipkit_data.batches.lost_workers import explaining_lost_workers
+from clipkit_data.batches.reads import content_of
 from clipkit_data.batches.workers import in_workers
 from clipkit_data.metadata import metadata_table, table_bytes, thumbnails_table
 from clipkit_data.records import Record, RecordError, RecordSource, SampleFault, group_faults
@@ -53,32 +55,39 @@ class _Rows:
 class _Decoder:
     """The rows of a range (start, stop): what a worker runs."""
 
-    def __init__(self, source: RecordSource, preprocess: Preprocess, thumbnail_size: int) -> None:
-        self.source, self.preprocess, self.thumbnail_size = source, preprocess, thumbnail_size
+    def __init__(self, source: RecordSource, content: Content, thumbnail_size: int) -> None:
+        self.source, self.content, self.thumbnail_size = source, content, thumbnail_size
 
     def make(self, span: tuple[int, int]) -> _Rows:
         """Those rows."""
-        side = self.preprocess.size
-        rows, images = _Rows(torch.zeros(0, 3, side, side, dtype=torch.uint8)), []
+        rows, images = _Rows(self.content.stack([])), []
         for position in range(*span):
             key = self.source.key(position)
             try:
                 record = self.source[position]
-                image = decode_image(record.image, name=key, alpha=True, min_side=self.preprocess.min_side)
+                pixels, shown = self._read(record, key)
             except ImageError as error:
                 rows.faults.append(SampleFault(position, key, picture_reason(error), error.message))
                 continue
             except RecordError as error:
                 rows.faults.append(SampleFault(position, key, error.reason, error.message))
                 continue
-            images.append(self.preprocess.uint8(over_white(image)))
+            images.append(pixels)
             rows.positions.append(position)
             rows.records.append(Record(record.id, record.key, b"", record.caption, record.meta))
             if self.thumbnail_size:
-                rows.thumbnails.append(_thumbnail(image, self.thumbnail_size))
-        if images:
-            rows.images = torch.stack(images)
+                rows.thumbnails.append(_thumbnail(shown, self.thumbnail_size))
+        rows.images = self.content.stack(images)
         return rows
+
+    def _read(self, record: Record, key: str) -> tuple[Tensor, Image.Image]:
+        """What the model sees of a record, and the picture to show of it: of a clip its middle frame."""
+        if isinstance(self.content, Pictures):
+            preprocess = self.content.preprocess
+            image = decode_image(record.image, name=key, alpha=True, min_side=preprocess.min_side)
+            return preprocess.uint8(over_white(image)), image
+        clip_F3SS = self.content.load(record, None)
+        return clip_F3SS, Image.fromarray(clip_F3SS[len(clip_F3SS) // 2].permute(1, 2, 0).numpy())
 
 
 def _thumbnail(image: Image.Image, size: int) -> bytes:
@@ -227,7 +236,7 @@ class _Job:
             first, stop = self.spans[part]
             starts = range(first, stop, batch_size)
             batches[part] = [(start, min(start + batch_size, stop)) for start in starts]
-        decoder = _Decoder(self.source, self.model.preprocess, self.thumbnail_size)
+        decoder = _Decoder(self.source, content_of(self.model), self.thumbnail_size)
         spans = [span for part in missing for span in batches[part]]
         ready = in_workers(decoder.make, spans, workers=workers if spans else 0)
         for part in missing:

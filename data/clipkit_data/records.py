@@ -27,9 +27,11 @@ class Record:
     Args:
         id: Shard and position in it; keys alone are not unique.
         key: The shard's key, or the picture's path.
-        image: The picture's encoded bytes.
+        image: The encoded bytes of its picture, clip or graph; of the first frame; none of a text.
         caption: Its caption; None where the source has no captions.
-        meta: The sample's `.json`, or a table's other columns.
+        meta: The sample's `.json`, or a table's other columns; a `.cls` member is `meta["cls"]`.
+        frames: The encoded pictures of a clip of numbered frames, in order.
+        extension: Of its content, such as "jpg" or "mp4"; "" where it has none or several.
     """
 
     id: tuple[int, int]
@@ -37,6 +39,8 @@ class Record:
     image: bytes
     caption: str | None
     meta: dict[str, Any] = field(default_factory=dict)
+    frames: tuple[bytes, ...] = ()
+    extension: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The commands below `clipkit shards` that make shards or verify them, and what all of them share.
 
-Those that look at shards or choose from them are in `clipkit_data.look_commands`. The work is imported when a
-command runs.
+Those that look at shards or choose from them are in `clipkit_data.look_commands`, those that make shards of
+known data sets in `clipkit_data.known_commands`. The work is imported when a command runs.
 """
 
 import argparse
@@ -169,22 +169,6 @@ def _reshard(args: argparse.Namespace) -> int:
     return 0
 
 
-def _emoji_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", help="the folder to make: train/ and heldout/ below it")
-    json_option(parser)
-
-
-def _emoji(args: argparse.Namespace) -> int:
-    from clipkit_data.tools.emoji import write_emoji_shards
-
-    with progress("rendering") as bar:
-        result = write_emoji_shards(Path(args.out), progress=bar.advance)
-    sys.stderr.write(f"{args.out}: {result['pictures']} pictures, {result['heldout']} of them held out\n")
-    if args.json:
-        print_json(result)
-    return 0
-
-
 MAKING = {
     "pack": Command(
         help="make shards from your own pictures",
@@ -217,9 +201,3 @@ MAKING = {
         run=_reshard,
     ),
 }
-EMOJI = Command(
-    help="render the emoji sample shards (needs fonts-noto-color-emoji and unicode-cldr-core)",
-    examples="  clipkit shards emoji emoji-shards/",
-    arguments=_emoji_arguments,
-    run=_emoji,
-)

@@ -12,9 +12,10 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from braceexpand import braceexpand
 
@@ -23,9 +24,19 @@ from clipkit_data.records import Record, RecordError, RecordSource, SampleFault,
 from clipkit_data.remote.storage import is_http, is_remote, list_shards
 from clipkit_data.tables import TABLE_SUFFIXES, read_table
 
+if TYPE_CHECKING:
+    from clipkit_data.dataset import ShardDataset
+    from clipkit_data.lines import LineDataset
+
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 # Pictures that clipkit does not decode: listed all the same, so that they are reported and not passed over.
 OTHER_PICTURES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2")
+DRAWN = {
+    "moving": ("train", "recombined", "heldout"),
+    "families": ("train", "heldout"),
+    "digits": ("train", "heldout"),
+}
+"""Splits of the samples that are drawn on first use, by `clipkit_data.tools.drawn`."""
 STREAMED = ("pipe:", "stream:")  # what `clipkit_data.batches.stream` reads, and nothing else does
 WHAT = (
     "a SOURCE is shards (a folder of .tar, one .tar, data/{00000..00009}.tar, sample:emoji/train, or an URL "
@@ -39,8 +50,18 @@ def _samples() -> Path:
 
 
 def sample_names() -> list[str]:
-    """The shards that ship with clipkit, as `sample:` takes them."""
-    return sorted({tar.parent.relative_to(_samples()).as_posix() for tar in _samples().rglob("*.tar")})
+    """The shards that ship with clipkit or are drawn on first use, as `sample:` takes them."""
+    shipped = {tar.parent.relative_to(_samples()).as_posix() for tar in _samples().rglob("*.tar")}
+    return sorted(shipped | {f"{name}/{split}" for name, splits in DRAWN.items() for split in splits})
+
+
+def _sample_folder(name: str) -> Path:
+    """Where a sample's shards lie, drawn now if they never were."""
+    sample, _, split = name.partition("/")
+    if sample not in DRAWN:
+        return _samples() / name
+    # by its name: what draws clips reads the emoji through this module
+    return import_module("clipkit_data.tools.drawn").drawn_sample(sample) / split
 
 
 def _sample_shards(name: str) -> list[Path]:
@@ -49,7 +70,7 @@ def _sample_shards(name: str) -> list[Path]:
     chosen = [other for other in known if other == name or other.startswith(f"{name}/")]
     if not chosen:
         raise NotFoundError(f"no sample named {name!r}", hint=f"known: {', '.join(known) or 'none'}")
-    return [path for other in chosen for path in sorted((_samples() / other).glob("*.tar"))]
+    return [path for other in chosen for path in sorted(_sample_folder(other).glob("*.tar"))]
 
 
 def resolve_shards(spec: str | Path | Sequence[str | Path]) -> list[Path | str]:
@@ -96,6 +117,30 @@ def resolve_shards(spec: str | Path | Sequence[str | Path]) -> list[Path | str]:
             f"no such shards: {spec}", hint="give a folder of .tar files, one .tar or a pattern"
         )
     return [*found]
+
+
+def open_dataset(spec: str | Path, name: str | None = None) -> "ShardDataset | LineDataset":
+    """What training reads, by position: shards, or files of sentences (`corpus.txt`, `nli-{0..9}.csv`).
+
+    Args:
+        spec: As in `resolve_shards`; a name that ends like a file of sentences (`clipkit_data.lines`) stands
+            for such files, which must lie on this machine.
+        name: What to call it in messages and manifests.
+
+    Raises:
+        NotFoundError, InputError, DataError: As `resolve_shards` and the two datasets.
+    """
+    from clipkit_data.dataset import ShardDataset
+    from clipkit_data.lines import LINE_SUFFIXES, LineDataset
+
+    text = str(spec).removeprefix("file://")
+    if not text.lower().endswith(LINE_SUFFIXES):
+        return ShardDataset(resolve_shards(spec), name=name or str(spec))
+    if is_remote(text) or is_streamed(text):
+        raise InputError(f"{spec}: files of sentences must lie on this machine", hint="copy them here")
+    if not any(mark in text for mark in "{*") and not Path(text).exists():
+        raise NotFoundError(f"no such file: {text}")
+    return LineDataset(resolve_shards(text), name=name or str(spec))
 
 
 def is_streamed(spec: str | Path) -> bool:

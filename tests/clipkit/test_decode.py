@@ -320,38 +320,38 @@ def test_a_jpeg_that_promises_too_many_pixels_is_refused() -> None:
 # --- the decoder ---
 
 
-def forget_torchcodec(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchcodec"]:
+def forget_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "simplejpeg"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(decode, "_torchcodec", cache(decode._torchcodec.__wrapped__))
+    monkeypatch.setattr(decode, "_simplejpeg", cache(decode._simplejpeg.__wrapped__))
 
 
-def test_pillow_decodes_where_torchcodec_is_missing(
+def test_pillow_decodes_where_simplejpeg_is_missing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = encoded(photo(160, 120))
     fast = read_picture(data, MODEL)
-    assert decoder().startswith("torchcodec ")
-    forget_torchcodec(monkeypatch)
-    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    assert decoder().startswith("simplejpeg ")
+    forget_simplejpeg(monkeypatch)
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
     assert_same(read_picture(data, MODEL), fast)
     assert_same(read_picture(data, MODEL), fast)
     assert [record.message for record in caplog.records] == [
-        "torchcodec is not installed; Pillow decodes JPEGs instead, more slowly"
+        "simplejpeg is not installed; Pillow decodes JPEGs instead, more slowly"
     ]
     assert decoder().startswith("pillow ")
 
 
-def test_pillow_decodes_where_torchcodec_does_not_load(
+def test_pillow_decodes_where_simplejpeg_does_not_load(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    (tmp_path / "torchcodec").mkdir()
-    (tmp_path / "torchcodec/__init__.py").write_text('raise RuntimeError("built for another torch")\n')
-    forget_torchcodec(monkeypatch)
+    (tmp_path / "simplejpeg").mkdir()
+    (tmp_path / "simplejpeg/__init__.py").write_text('raise ImportError("built for another NumPy")\n')
+    forget_simplejpeg(monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     data = encoded(photo(160, 120))
     assert_same(read_picture(data, MODEL), reference(data))
-    assert "torchcodec is unusable: built for another torch" in caplog.text
+    assert "simplejpeg is unusable: built for another NumPy" in caplog.text
 
 
 def test_the_decoder_is_loaded_with_the_first_jpeg_and_torchvision_never() -> None:
@@ -359,9 +359,9 @@ def test_the_decoder_is_loaded_with_the_first_jpeg_and_torchvision_never() -> No
 import sys
 from clipkit.decode import read_picture
 from clipkit.images import Preprocess
-assert "torchcodec" not in sys.modules
+assert "simplejpeg" not in sys.modules
 assert read_picture(sys.stdin.buffer.read(), Preprocess(size=16)).shape == (3, 16, 16)
-assert "torchcodec" in sys.modules
+assert "simplejpeg" in sys.modules
 assert "torchvision" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], input=encoded(photo(40, 30)), check=True, timeout=120)

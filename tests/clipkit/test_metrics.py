@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit import metrics
 from clipkit.errors import InputError
+from clipkit.metrics import retrieval as metrics
 from clipkit.metrics import retrieval_ranks, retrieval_recall, zero_shot_accuracy
 
 

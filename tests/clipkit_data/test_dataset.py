@@ -127,7 +127,7 @@ def test_a_shard_without_sound_samples_takes_no_positions(
     write_shard: Callable[..., Path], picture: Callable[..., bytes]
 ) -> None:
     paths = [
-        write_shard("0.tar", [{"__key__": "a", "txt": b"words"}]),
+        write_shard("0.tar", [{"__key__": "a", "json": b"{}"}]),
         write_shard("1.tar", [{"__key__": "b", "png": picture(0)}]),
         write_shard("2.tar", []),
         write_shard("3.tar", [{"__key__": "c", "png": picture(0), "txt": b"words"}]),

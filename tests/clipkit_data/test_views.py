@@ -31,6 +31,10 @@ MOCO = {
 }  # fmt: skip
 BYOL = {**MOCO, "area": (0.08, 1), "saturation": 0.2, "interpolation": "bicubic"}
 SWAV = {**SIMCLR, "interpolation": "bilinear", "blur_kernel": 23}
+CHARACTERS = {
+    "area": (0.5, 1), "aspect": ASPECT, "rotate": 12, "shear": 10, "scale": 0.15, "translate": 0.08,
+    "brightness": 0.3, "contrast": 0.4, "blur": 0.5,
+}  # fmt: skip
 CHANGES: dict[str, list[dict[str, object]]] = {
     "none": [{}],
     "clip": [{"area": (0.9, 1), "aspect": ASPECT, "interpolation": "bicubic"}],
@@ -45,6 +49,7 @@ CHANGES: dict[str, list[dict[str, object]]] = {
     "byol": [{**BYOL, "blur": 1.0}, {**BYOL, "blur": 0.1, "solarize": 0.2}],
     "simsiam": [{**MOCO, "blur": 0.5}] * 2,
     "supcon": [MOCO] * 2,
+    "characters": [CHARACTERS] * 2,
     "multi_crop": [{**SWAV, "area": (0.14, 1)}] * 2 + [{**SWAV, "area": (0.05, 0.14)}] * 6,
 }
 

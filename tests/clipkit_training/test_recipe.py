@@ -8,14 +8,15 @@ from clipkit.config import dump_yaml
 from clipkit.errors import ConfigError, NotFoundError
 from clipkit.text import build_tokenizer
 from clipkit_training.recipe import load_recipe, recipe_names
-from clipkit_training.steps import STEPS
+from clipkit_training.steps import STEPS, step_name
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_are_valid(name: str) -> None:
     recipe = load_recipe(name)
-    build_tokenizer(recipe.model.tokenizer)
-    assert STEPS.get(recipe.step)
+    if recipe.model.tokenizer["name"] == "clip":  # others are downloaded
+        build_tokenizer(recipe.model.tokenizer)
+    assert STEPS.get(step_name(recipe.step))
 
 
 def test_default_then_recipe_then_command_line(tiny_recipe: Path) -> None:

@@ -5,9 +5,15 @@ from pathlib import Path
 import torch
 
 from clipkit.losses import clip_loss, contrast
-from clipkit.models import build_model
+from clipkit.models import DualEncoder, build_model
+from clipkit_data.batches.maker import Batch
 from clipkit_training.recipe import load_recipe
-from clipkit_training.steps import PairStep, caption_ids
+from clipkit_training.steps.pairs import PairStep, caption_ids
+
+
+def batch_of(images: torch.Tensor, ids: torch.Tensor) -> Batch:
+    numbers = torch.arange(len(ids))
+    return Batch(images=images, ids=ids, sample_ids=numbers, epochs=torch.zeros_like(numbers), step=0)
 
 
 def test_caption_ids() -> None:
@@ -29,9 +35,10 @@ def test_random_captions_do_not_collide() -> None:
 
 def test_equal_captions_are_positives(tiny_recipe: Path) -> None:
     model = build_model(load_recipe(str(tiny_recipe)).model.model_copy(update={"scoring": "sigmoid"}), seed=0)
+    assert isinstance(model, DualEncoder)
     images = torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)
     ids = model.tokenize(["red circle", "blue square", "red circle", "green cross"])
-    loss, metrics = PairStep(model, "logistic", None)(images, ids)
+    loss, metrics = PairStep(model, "logistic", None)(batch_of(images, ids))
     image_ND, text_ND, scale, bias = model(images, ids)
     assert bias is not None
     group = torch.tensor([0, 1, 0, 2])
@@ -39,13 +46,14 @@ def test_equal_captions_are_positives(tiny_recipe: Path) -> None:
     torch.testing.assert_close(loss, expected.loss)
     plain = contrast(image_ND, text_ND, scale=scale, bias=bias, link="logistic")
     assert not torch.isclose(loss, plain.loss)
-    assert set(metrics) == {"loss", "accuracy", "positive_similarity", "negative_similarity"}
+    assert set(metrics) == {"loss", "accuracy", "positive_similarity", "negative_similarity", "scale"}
 
 
 def test_without_equal_captions_it_is_clips_loss(tiny_recipe: Path) -> None:
     model = build_model(load_recipe(str(tiny_recipe)).model, seed=0)
+    assert isinstance(model, DualEncoder)
     images = torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8)
     ids = model.tokenize(["red circle", "blue square", "green cross"])
-    loss, _ = PairStep(model, "softmax", None)(images, ids)
+    loss, _ = PairStep(model, "softmax", None)(batch_of(images, ids))
     image_ND, text_ND, scale, _ = model(images, ids)
     torch.testing.assert_close(loss, clip_loss(image_ND, text_ND, scale=scale))

@@ -15,7 +15,7 @@ def main(recipe_path: str, out: str) -> None:
     with world_from_environment(recipe.device) as world:
         trainer = Trainer(recipe, Path(out).parent, world)
         batch = next(iter(trainer.data.batches(0)))
-        loss, metrics = trainer.parallel(batch.images, batch.ids)
+        loss, metrics = trainer.parallel(batch)
         loss.backward()
         if world.main:
             gradients = {}

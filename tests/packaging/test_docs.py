@@ -17,8 +17,8 @@ from pydantic.fields import FieldInfo
 from clipkit import losses, state
 from clipkit.config import Config, validate
 from clipkit.images import Preprocess
-from clipkit.models import ModelConfig
-from clipkit.models.towers import IMAGE_TOWERS, TEXT_TOWERS
+from clipkit.models import EncoderConfig, ModelConfig
+from clipkit.models.towers import GRAPH_TOWERS, IMAGE_TOWERS, TEXT_TOWERS
 from clipkit.registry import Registry
 from clipkit.text import TOKENIZERS
 from clipkit_data.pictures.augment import AugmentConfig
@@ -28,14 +28,15 @@ from clipkit_training.steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-SCHEMAS: dict[str, type[Config]] = {
-    "": Recipe,
-    "data.": DataConfig,
-    "data.augment.": AugmentConfig,
-    "optim.": OptimConfig,
-    "model.": ModelConfig,
-    "model.preprocess.": Preprocess,
-}
+SCHEMAS: list[tuple[str, type[Config]]] = [
+    ("", Recipe),
+    ("data.", DataConfig),
+    ("data.augment.", AugmentConfig),
+    ("optim.", OptimConfig),
+    ("model.", ModelConfig),
+    ("model.", EncoderConfig),
+    ("model.preprocess.", Preprocess),
+]
 PAGES = sorted([*DOCS.glob("*.md"), *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))])
 
 
@@ -61,7 +62,7 @@ def plain(value: Any) -> Any:
 
 
 def recipe_fields() -> Iterator[tuple[str, FieldInfo]]:
-    for prefix, schema in SCHEMAS.items():
+    for prefix, schema in SCHEMAS:
         for name, field in schema.model_fields.items():
             yield prefix + name, field
 
@@ -78,13 +79,21 @@ def test_every_field_of_a_recipe_with_its_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heading", "table"),
-    [("### Image towers", IMAGE_TOWERS), ("### Text towers", TEXT_TOWERS), ("### Tokenizers", TOKENIZERS)],
+    ("page", "heading", "table"),
+    [
+        ("recipes.md", "### Image towers", IMAGE_TOWERS),
+        ("recipes.md", "### Text towers", TEXT_TOWERS),
+        ("recipes.md", "### Graph towers", GRAPH_TOWERS),
+        ("recipes.md", "### Tokenizers", TOKENIZERS),
+        ("methods.md", "## Steps", STEPS),
+    ],
 )
-def test_every_choice_with_its_options(heading: str, table: Registry) -> None:
-    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+def test_every_choice_with_its_options(page: str, heading: str, table: Registry) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
     section = text.partition(heading)[2].partition("\n#")[0]
     for name in table.names():
+        if not table.get(name).config.model_fields:
+            continue
         (line,) = [line for line in section.splitlines() if line.startswith(f"| `{name}` |")]
         options = set(re.findall(r"`(\w+)`", line.split("|")[2]))
         assert options == set(table.get(name).config.model_fields), name

@@ -53,6 +53,8 @@ def test_every_file_of_a_package_is_inside(wheel: zipfile.ZipFile, package: str)
     [
         "clipkit_data/samples/emoji/train/00000.tar",
         "clipkit_data/samples/emoji/heldout/00000.tar",
+        "clipkit_data/samples/glyphs/train/00000.tar",
+        "clipkit_data/samples/glyphs/LICENSES.txt",
         "clipkit_training/*clip-emoji.y*ml",
         "clipkit_service/*.html",
         "clipkit_service/*.css",

@@ -38,8 +38,8 @@ def save_checkpoint(
     Args:
         run: The run folder.
         step: Optimizer steps taken so far; names the folder.
-        model: Its state dict is saved.
-        optimizer: AdamW-like: its per-parameter state must be tensors.
+        model: The Step; its state dict is saved.
+        optimizer: Its per-parameter state must be tensors.
         state: JSON-able numbers of the loop.
         bad: The samples that could not be used so far.
     """

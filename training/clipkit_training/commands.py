@@ -8,6 +8,7 @@ from typing import Any
 
 from clipkit.cli import Command
 from clipkit.cli.output import print_json, print_table, progress
+from clipkit.errors import ConfigError
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,13 +63,36 @@ Any field of the recipe can be set, such as --optim.lr 3e-4 or --data.batch-size
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model folder, open_clip:NAME/TAG or hf:NAME")
-    parser.add_argument("--data", required=True, action="append", metavar="PATH", help="shards to query with")
+    parser.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run or model folder, open_clip:NAME/TAG or hf:NAME"
+    )
+    parser.add_argument(
+        "--data", default=[], action="append", metavar="PATH", help="held-out shards (encoders: the run's)"
+    )
     parser.add_argument(
         "--gallery", default=[], action="append", metavar="PATH", help="shards that widen the gallery"
     )
     parser.add_argument(
         "--zero-shot", metavar="FIELD", help="metadata field to measure zero-shot accuracy on"
+    )
+    parser.add_argument(
+        "--train-data",
+        default=[],
+        action="append",
+        metavar="PATH",
+        help="encoders: shards that neighbours and probes learn from (default: the run's)",
+    )
+    parser.add_argument(
+        "--label", metavar="FIELD", help="encoders: metadata field that names the class (default: the run's)"
+    )
+    parser.add_argument(
+        "--finetune",
+        type=int,
+        nargs="+",
+        choices=range(1, 101),
+        default=[],
+        metavar="PERCENT",
+        help="encoders: also fine-tune on so many per cent of the labels",
     )
     parser.add_argument(
         "--untrained",
@@ -81,10 +105,29 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int | None:
     from clipkit_training.evaluate import evaluate_model
+    from clipkit_training.judge.encoders import encoder_table, find_run, is_encoder, judge_encoder
 
+    if args.label or is_encoder(args.model):
+        with progress("evaluating") as bar:
+            result = judge_encoder(
+                args.model,
+                data=args.data,
+                train_data=args.train_data,
+                label=args.label,
+                shares=args.finetune,
+                untrained=args.untrained,
+                advance=bar.advance,
+            )
+        if args.json:
+            print_json(result)
+        else:
+            print_table(*encoder_table(result))
+        return None
+    if not args.data:
+        raise ConfigError(f"{args.model}: give --data, the shards to query with")
     with progress("evaluating") as bar:
         result = evaluate_model(
-            args.model,
+            find_run(args.model)[0],
             args.data,
             gallery=args.gallery,
             untrained=args.untrained,
@@ -99,8 +142,10 @@ def _evaluate(args: argparse.Namespace) -> int | None:
 
 
 evaluate = Command(
-    help="measure a model's retrieval and zero-shot accuracy on shards",
-    examples="""  clipkit evaluate demo/model --data sample:emoji/heldout --gallery sample:emoji/train
+    help="measure what a model is worth: retrieval and zero-shot accuracy, or neighbours and probes",
+    examples="""  clipkit evaluate runs/simclr
+  clipkit evaluate runs/simclr --label family --finetune 1 10 --json
+  clipkit evaluate demo/model --data sample:emoji/heldout --gallery sample:emoji/train
   clipkit evaluate open_clip:ViT-B-32/laion2b_s34b_b79k --data my/shards --json""",
     arguments=_evaluate_arguments,
     run=_evaluate,

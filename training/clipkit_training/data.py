@@ -11,15 +11,17 @@ from typing import Any
 
 from clipkit.errors import ArtifactError, ConfigError, DataError
 from clipkit.files import atomic_write
-from clipkit.models import DualEncoder
+from clipkit.models import DualEncoder, Encoder
+from clipkit_data.batches.clips import Clips
+from clipkit_data.batches.content import Pictures
 from clipkit_data.batches.loader import TrainBatches
 from clipkit_data.batches.quarantine import BadSample
+from clipkit_data.batches.reads import content_of
 from clipkit_data.batches.stream import StreamBatches
 from clipkit_data.captions import CaptionSampler
-from clipkit_data.dataset import ShardDataset
 from clipkit_data.records import group_faults
 from clipkit_data.remote.retry import shown
-from clipkit_data.sources import is_streamed, resolve_shards
+from clipkit_data.sources import is_streamed, open_dataset
 from clipkit_training.recipe import Recipe
 from clipkit_training.world import World
 
@@ -39,20 +41,23 @@ class TrainingData:
         DataError: The processes see different shards.
     """
 
-    def __init__(self, recipe: Recipe, model: DualEncoder, world: World) -> None:
+    def __init__(self, recipe: Recipe, model: DualEncoder | Encoder, world: World) -> None:
         self.recipe, self.model, self.world = recipe, model, world
         data = recipe.data
+        self.content = content_of(model, data.load_size)
+        pictures = isinstance(self.content, Pictures | Clips)
+        if data.views is not None and not pictures:
+            raise ConfigError("data.views are of pictures", hint="leave them out")
+        self.augment = (data.make_views(model.preprocess.size) or data.augment) if pictures else None
         self.streams = is_streamed(data.train)
         specs = {} if self.streams else data.sources or {data.train: 1.0}
-        opened = [
-            (ShardDataset(resolve_shards(spec), name=shown(spec)), weight) for spec, weight in specs.items()
-        ]
+        opened = [(open_dataset(spec, name=shown(spec)), weight) for spec, weight in specs.items()]
         opened.sort(key=lambda source: source[0].fingerprint())  # neither the file's order nor places count
         self.datasets = [dataset for dataset, _ in opened]
         self.weights = [weight for _, weight in opened] if data.sources else None
         self.samples = sum(len(dataset) for dataset in self.datasets)
-        if self.streams and recipe.max_epochs is not None:
-            raise ConfigError("a stream has no epochs", hint="give max_steps or max_minutes")
+        if self.streams:
+            self._check_stream()
         exact = self._exact(0)
         self._plan = exact.plan if exact else None
         self.digest = exact.digest() if exact else STREAM
@@ -62,25 +67,36 @@ class TrainingData:
                 hint="compare the manifest.json of the shards (`clipkit shards index`) on each machine",
             )
 
+    def _check_stream(self) -> None:
+        """Refuse what a stream does not give. Raises: ConfigError."""
+        data = self.recipe.data
+        if self.recipe.max_epochs is not None:
+            raise ConfigError("a stream has no epochs", hint="give max_steps or max_minutes")
+        if data.label or data.more_captions or not isinstance(self.content, Pictures):
+            raise ConfigError(
+                "a stream gives pictures with captions: no labels, no more captions, no clips or graphs",
+                hint="give the shards without stream:",
+            )
+        if data.views is not None and data.augment_on == "workers":
+            raise ConfigError("a stream makes no views", hint="set data.augment_on: device")
+
     def batches(self, start_step: int, known_bad: Sequence[BadSample] = ()) -> TrainBatches | StreamBatches:
         """This process's batches from a step on."""
         exact = self._exact(start_step, known_bad)
         if exact is not None:
             return exact
-        model = self.model
         options = self._options(start_step, known_bad)
-        return StreamBatches(self.recipe.data.train, model.preprocess, model.tokenizer, **options)
+        return StreamBatches(self.recipe.data.train, self.model.preprocess, self.model.tokenizer, **options)
 
     def _exact(self, start_step: int, known_bad: Sequence[BadSample] = ()) -> TrainBatches | None:
         """The batches in their computed order; None for a stream."""
         if self.streams:
             return None
-        data, model = self.recipe.data, self.model
-        order = {"weights": self.weights, "lanes": data.lanes, "window": data.window}
+        data = self.recipe.data
+        more = {"weights": self.weights, "lanes": data.lanes, "window": data.window, "cache": data.cache}
+        more |= {"label": data.label, "more_captions": data.more_captions}
         options = self._options(start_step, known_bad)
-        return TrainBatches(
-            self.datasets, model.preprocess, model.tokenizer, cache=data.cache, **order, **options
-        )
+        return TrainBatches(self.datasets, self.content, self.model.tokenizer, **more, **options)
 
     def _options(self, start_step: int, known_bad: Sequence[BadSample]) -> dict[str, Any]:
         """What both kinds of batches take."""
@@ -93,9 +109,9 @@ class TrainingData:
             "workers": data.workers,
             "captions": CaptionSampler(data.captions),
             "crop": data.crop,
-            "augment": data.augment if data.augment_on == "workers" else None,
+            "augment": self.augment if data.augment_on == "workers" else None,
             "start_step": start_step,
-            "trim": getattr(self.model.text, "trimmable", False),
+            "trim": self.model.trimmable,
             "pin_memory": world.device.type == "cuda",
             "max_bad": data.max_bad,
             "known_bad": known_bad,

@@ -24,8 +24,10 @@ from clipkit.losses import clip_loss, siglip_loss
 from clipkit.metrics import retrieval_recall
 from clipkit.models import DualEncoder, build_model, load_model
 from clipkit.zero_shot import MAX_LABELS, ZeroShotClassifier
-from clipkit_data.batches.pairs import EvalBatches, Pairs
+from clipkit_data.batches.pairs import Dataset, EvalBatches, Pairs
+from clipkit_data.batches.reads import content_of
 from clipkit_data.dataset import ShardDataset
+from clipkit_data.lines import LineDataset
 from clipkit_data.records import Record, group_faults
 from clipkit_data.sources import resolve_shards
 
@@ -68,7 +70,7 @@ def encode_pairs(
 
     Args:
         model: Its towers run in eval mode, and return to the mode they were in.
-        batches: Decoded pairs, for example `EvalBatches(dataset, model.preprocess)`.
+        batches: Decoded pairs, for example `EvalBatches(dataset, content_of(model))`.
         advance: Called with the number of pairs done after each batch.
     """
     was_training = model.training
@@ -158,7 +160,7 @@ def report(
     """
 
     def encode(sets: Sequence[ShardDataset]) -> list[Encoded]:
-        return [encode_pairs(model, EvalBatches(data, model.preprocess), advance) for data in sets]
+        return [encode_pairs(model, EvalBatches(data, content_of(model)), advance) for data in sets]
 
     encoded = {name: Encoded.join(encode(sets)) for name, sets in query_sets.items()}
     everything = Encoded.join([*encoded.values(), *encode(gallery)])
@@ -172,8 +174,10 @@ def report(
     return result
 
 
-def shard_digests(data: ShardDataset) -> list[str]:
+def shard_digests(data: Dataset) -> list[str]:
     """One short digest per shard over its samples' keys and sizes, to tell seen data from unseen."""
+    if isinstance(data, LineDataset):
+        return [entry["digest"][:16] for entry in data.manifest()]
     digests = []
     for shard in data.shards:
         samples = [

@@ -26,7 +26,7 @@ class RunLog:
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
         self._bar = bar
-        self._loss = self._recall = ""
+        self._loss = self._judged = ""
 
     @classmethod
     @contextmanager
@@ -43,18 +43,16 @@ class RunLog:
     def step(self, step: int, done: float, record: dict[str, Any]) -> None:
         """Record a training step; `done` is the share of the budget spent, in [0, 1]."""
         self._write("train", step, record)
-        self._loss = f"loss {record['loss']:.3f} · {record['samples_per_second']:.0f} pairs/s"
-        self._bar.update(completed=round(100 * done), text=f"{self._loss}{self._recall}")
+        self._loss = f"loss {record['loss']:.3f} · {record['samples_per_second']:.0f} samples/s"
+        self._bar.update(completed=round(100 * done), text=f"{self._loss}{self._judged}")
 
-    def evaluation(self, step: int, done: float, record: dict[str, Any]) -> None:
-        """Record held-out figures; where no bar is drawn, say them in a line."""
+    def evaluation(self, step: int, done: float, record: dict[str, Any], words: str) -> None:
+        """Record held-out figures; where no bar is drawn, say the most telling ones in a line."""
         self._write("heldout", step, record)
-        figures = record["text_to_image"]
-        recall = f"held-out recall@1 {figures['recall@1']:.3f} @10 {figures['recall@10']:.3f}"
-        self._recall = f" · {recall}"
+        self._judged = f" · {words}"
         if not sys.stderr.isatty():
-            sys.stderr.write(f"step {step} ({done:.0%}): {self._loss} · {recall}\n")
-        self._bar.update(completed=round(100 * done), text=f"{self._loss}{self._recall}")
+            sys.stderr.write(f"step {step} ({done:.0%}): {self._loss}{self._judged}\n")
+        self._bar.update(completed=round(100 * done), text=f"{self._loss}{self._judged}")
 
     def _write(self, kind: str, step: int, record: dict[str, Any]) -> None:
         row = {"kind": kind, "step": step, "time": round(time.time(), 3), **record}

@@ -6,7 +6,6 @@ optimizer and one integer. The budget is steps, epochs or minutes; progress thro
 drives the learning rate.
 """
 
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -22,25 +21,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.errors import ClipkitError
-from clipkit.models import build_model
+from clipkit.models import build_model, seeded
 from clipkit_data.batches.loader import Batch
 from clipkit_data.batches.lost_workers import explaining_lost_workers
-from clipkit_data.batches.pairs import EvalBatches, Pairs
 from clipkit_data.batches.quarantine import FILE as QUARANTINE
 from clipkit_data.batches.quarantine import BadSample, read_quarantine, write_quarantine
-from clipkit_data.dataset import ShardDataset
-from clipkit_data.sources import resolve_shards
 from clipkit_training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from clipkit_training.data import TrainingData
-from clipkit_training.evaluate import live_report
+from clipkit_training.judge import live_judge
 from clipkit_training.log import RunLog
 from clipkit_training.optim import build_optimizer, learning_rate
 from clipkit_training.precision import autocast, resolve_precision
 from clipkit_training.recipe import Recipe
-from clipkit_training.steps import STEPS
+from clipkit_training.steps import Setting, Step, build_step
 from clipkit_training.world import World
 
-log = logging.getLogger("clipkit_training")
+HEADS = 1  # key of the weights that a Step adds to the model
 
 
 @dataclass
@@ -72,29 +68,30 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Path, world: World) -> None:
         self.recipe, self.run, self.world = recipe, run, world
         self.model = build_model(recipe.model, seed=recipe.seed).to(world.device)
-        step: nn.Module = STEPS.get(recipe.step).build(self.model, world.group)
+        self.data = TrainingData(recipe, self.model, world)
+        self.method = self._method()
+        # Running statistics are each rank's own: nothing in training reads them.
         self.parallel = (
-            step if world.group is None else DistributedDataParallel(step, process_group=world.group)
+            self.method
+            if world.group is None
+            else DistributedDataParallel(self.method, process_group=world.group, broadcast_buffers=False)
         )
-        self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.optimizer = build_optimizer(self.method, recipe.optim)
         self.precision = resolve_precision(recipe.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
-        self.data = TrainingData(recipe, self.model, world)
-        self.heldout = self._heldout_batches()
+        self.judge = live_judge(recipe, self.model) if world.main else None
         self.step = 0
         self.spent = 0.0
         self.bad: list[BadSample] = []
 
-    def _heldout_batches(self) -> list[Pairs]:
-        heldout = self.recipe.data.heldout
-        if not heldout or not self.recipe.evaluations or not self.world.main:
-            return []
-        dataset = ShardDataset(resolve_shards(heldout))
-        workers = self.recipe.data.workers
-        batches = list(EvalBatches(dataset, self.model.preprocess, workers=workers))
-        if left_out := sum(len(part.faults) for part in batches):
-            log.warning("%s: %d samples cannot be evaluated: see `clipkit shards check`", heldout, left_out)
-        return batches
+    def _method(self) -> Step:
+        """The recipe's Step around the model; what it adds has weights from the recipe's seed too."""
+        recipe, world = self.recipe, self.world
+        setting = Setting(
+            world.group, recipe.data.batch_size, self._max_steps(), self.data.samples, world.device
+        )
+        with seeded(_seed_of(recipe.seed, HEADS)):
+            return build_step(self.model, recipe.step, setting).to(world.device)
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one."""
@@ -102,7 +99,7 @@ class Trainer:
         folder = self.world.gather(newest)[0]  # one rank chooses: another may see an older state of the disk
         if folder is None:
             return
-        state = load_checkpoint(folder, self.model, self.optimizer)
+        state = load_checkpoint(folder, self.method, self.optimizer)
         self.data.check(state["order"], self.run)
         self.bad = read_quarantine(folder / QUARANTINE)
         self.step, self.spent = state["step"], state["seconds"]
@@ -164,9 +161,8 @@ class Trainer:
                 log.step(self.step, done, record | self.data.epochs(self.step))
             if (due := math.floor(done * self.recipe.evaluations)) > evaluated:
                 evaluated = due
-                if log and self.heldout:
-                    figures = live_report(self.model, self.heldout, self.recipe.zero_shot_field)
-                    log.evaluation(self.step, done, figures)
+                if log and self.judge:
+                    log.evaluation(self.step, done, *self.judge())
             if (due := math.floor(done * self.recipe.checkpoints)) > saved:
                 saved = due
                 self._save(budget)
@@ -176,15 +172,15 @@ class Trainer:
     def _one_step(self, batch: Batch, done: float) -> dict[str, float]:
         recipe = self.recipe
         batch = batch.to(self.world.device)
-        if recipe.data.augment_on == "device":
-            batch = batch.augmented(recipe.data.augment, recipe.seed)
+        if recipe.data.augment_on == "device" and self.data.augment is not None:
+            batch = batch.augmented(self.data.augment, recipe.seed)
         rate = learning_rate(recipe.optim, self.step, done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(_seed_of(recipe.seed, self.step, self.world.rank))
         self.parallel.train()
         with autocast(self.precision, self.world.device):
-            loss, metrics = self.parallel(batch.images, batch.ids)
+            loss, metrics = self.parallel(batch)
         if not torch.isfinite(loss):
             raise ClipkitError(
                 f"the loss is {loss.item()} at step {self.step}",
@@ -194,15 +190,14 @@ class Trainer:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         limit = recipe.optim.clip_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(self.method.parameters(), limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.model.clamp_scale_()
+        self.method.after_step()
         return {
             **{name: round(float(value), 6) for name, value in metrics.items()},
             "lr": rate,
             "grad_norm": norm.item(),
-            "scale": self.model.log_scale.exp().item(),
             "epoch": batch.epoch,
         }
 
@@ -224,7 +219,7 @@ class Trainer:
                 "order": self.data.digest,
                 "scaler": self.scaler.state_dict(),
             }
-            save_checkpoint(self.run, self.step, self.model, self.optimizer, state, self.bad)
+            save_checkpoint(self.run, self.step, self.method, self.optimizer, state, self.bad)
         self.world.barrier()
 
 

@@ -1,4 +1,4 @@
-"""AdamW without decay on vectors and scalars, and a cosine over the run's progress.
+"""Optimizers without decay on vectors and scalars, and learning rates over the run's progress.
 
 Decay belongs on matrices alone: biases, norms, embeddings of one dimension and the log-scale keep their
 size. The learning rate is a pure function of the step and of progress in [0, 1], so that a run with a time
@@ -6,28 +6,47 @@ budget anneals to zero just as one with a step budget does.
 """
 
 import math
+from typing import Any
 
 import torch
+from timm.optim.lars import Lars
 from torch import nn
 
 from clipkit_training.recipe import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over the trainable parameters of `model`."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters of `model`.
+
+    AdamW (Loshchilov & Hutter 2019), SGD with momentum, or LARS (You et al. 2017) as timm has it: the rate of
+    each weight is scaled by trust · ‖w‖ / (‖g‖ + decay · ‖w‖), and that of vectors and scalars is not.
+    SimCLR's and BYOL's own codes divide by ‖g + decay · w‖ instead.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trainable if parameter.ndim >= 2]
     others = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    if config.name == "lars":
+        groups[0]["always_adapt"] = True  # also where weight_decay is 0
+        options: dict[str, Any] = {"momentum": config.momentum, "trust_coeff": config.trust}
+        return Lars(groups, lr=config.lr, **options)
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
 
 
 def learning_rate(config: OptimConfig, step: int, progress: float) -> float:
-    """Linear warm-up over `warmup_steps`, under a cosine from lr at progress 0 to 0 at progress 1."""
+    """The rate at a step: linear warm-up over `warmup_steps`, times the schedule at progress in [0, 1]."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if config.schedule == "constant":
+        share = 1.0
+    elif config.schedule == "steps":
+        share = 0.1 ** sum(progress >= milestone for milestone in config.milestones)
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * warmup * share

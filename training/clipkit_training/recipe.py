@@ -2,8 +2,8 @@
 
 A recipe names everything that decides a run: model, data, optimizer, budget, seed. Values come from the
 defaults here, then the recipe, then the command line; the result is frozen, saved in the run folder as
-`config.yaml`, and trains the same run again. Choices of kind (towers, step) are made in the recipe; the
-command line overrides numbers and paths.
+`config.yaml`, and trains the same run again. What is open to extension (`step`, `model`, `data.views`, …) is
+validated by what it names, so its words on the command line are read as YAML: `--step.temperature 0.2`.
 """
 
 from collections.abc import Sequence
@@ -12,18 +12,45 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import Field, model_validator
+import yaml
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from clipkit.config import Config, load_yaml, validate
-from clipkit.errors import NotFoundError
-from clipkit.models import ModelConfig
+from clipkit.errors import ConfigError, NotFoundError
+from clipkit.models import EncoderConfig, ModelConfig
 from clipkit_data.pictures.augment import AugmentConfig
 from clipkit_data.pictures.crop import CropConfig
+from clipkit_data.pictures.views import ViewsConfig, views_of
 
 RECIPES = "clipkit_training.recipes"
 
 
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+OPEN = (
+    *("step", "model", "optim.milestones", "data.sources", "data.captions", "data.more_captions"),
+    *("data.crop", "data.views"),
+)
+"""Parts of a recipe whose fields depend on what they name."""
+
+
+def _kind_of_model(value: Any) -> str:
+    fields = value if isinstance(value, dict) else type(value).model_fields
+    return "<encoder>" if "tower" in fields or "modality" in fields else "<pair>"
+
+
+AnyModel = Annotated[
+    Annotated[ModelConfig, Tag("<pair>")] | Annotated[EncoderConfig, Tag("<encoder>")],
+    Discriminator(_kind_of_model),
+]
+
+
+_HIDDEN = (
+    tyro.conf.Suppress,
+    # read by `_set_open`: one word to tyro, whatever the type
+    tyro.constructors.PrimitiveConstructorSpec(
+        1, "YAML", lambda words: words[0], lambda value: True, lambda value: [str(value)]
+    ),
+)
 
 
 class DataConfig(Config):
@@ -32,7 +59,7 @@ class DataConfig(Config):
     train: str = ""
     """Shards: a folder, a .tar, a brace pattern, a URL, sample:NAME, or stream:URL and pipe:COMMAND to read
     them as they come, without the promises of order and resuming."""
-    sources: tyro.conf.SuppressFixed[tyro.conf.Fixed[dict[str, Weight]]] = Field({})
+    sources: Annotated[dict[str, Weight], *_HIDDEN] = Field({})
     """Several sources instead of `train`: shards, and how often they are read relative to the others."""
     heldout: str | None = None
     """Shards whose pairs are never trained on; recall is measured on them during training."""
@@ -49,13 +76,27 @@ class DataConfig(Config):
     """Samples of a lane that are shuffled together. None: all for up to a million samples, else 8192."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of samples that cannot be used; beyond, training stops."""
-    captions: tyro.conf.SuppressFixed[tyro.conf.Fixed[dict[str, float]]] = Field({"caption": 1.0})
+    captions: Annotated[dict[str, float], *_HIDDEN] = Field({"caption": 1.0})
     """Caption fields and how often each is drawn."""
-    crop: tyro.conf.SuppressFixed[tyro.conf.Fixed[CropConfig]] | None = None
+    crop: Annotated[CropConfig | None, *_HIDDEN] = None
     """Random crops of the whole picture before it is resized; None resizes it as the model does."""
+    more_captions: Annotated[tuple[str, ...], *_HIDDEN] = ()
+    """Further caption fields of each sample, for steps that want them: positives, hard negatives."""
+    label: str | None = None
+    """Metadata field that says of which class a sample is, for steps and judging that want labels."""
+    load_size: Annotated[int, Field(ge=1)] | None = None
+    """Side in pixels that pictures are loaded at, to cut views from; None is the model's own."""
+    views: Annotated[dict[str, Any] | None, *_HIDDEN] = None
+    """Views of each picture, instead of `augment`: {family: NAME, size: S, …}, or {views: [...]}."""
     augment: AugmentConfig = AugmentConfig()
     augment_on: Literal["workers", "device"] = "workers"
     """Where resized pictures are augmented: as they are loaded, or a batch at a time where the model is."""
+
+    def make_views(self, size: int) -> ViewsConfig | None:
+        """The views, of `size` pixels a side where they do not say; None where there are none."""
+        if self.views is None:
+            return None
+        return views_of({"size": size, **self.views} if "family" in self.views else self.views)
 
     @model_validator(mode="after")
     def _one_kind_of_source(self) -> "DataConfig":
@@ -65,15 +106,24 @@ class DataConfig(Config):
 
 
 class OptimConfig(Config):
-    """AdamW with linear warm-up and a cosine to zero over the budget."""
+    """The optimizer, and how its learning rate goes over the budget after a linear warm-up."""
 
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Applied to weights of two or more dimensions only."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of sgd and lars."""
+    trust: Annotated[float, Field(gt=0)] = 0.001
+    """Of lars: the trust coefficient."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
     eps: Annotated[float, Field(gt=0)] = 1e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 50
+    schedule: Literal["cosine", "steps", "constant"] = "cosine"
+    """After the warm-up: a cosine to zero, a tenth at each milestone, or the same rate to the end."""
+    milestones: Annotated[tuple[float, ...], *_HIDDEN] = (0.6, 0.8)
+    """Of schedule: steps, in shares of the budget."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the whole gradient; None for no clipping."""
 
@@ -81,9 +131,9 @@ class OptimConfig(Config):
 class Recipe(Config):
     """One training run."""
 
-    step: tyro.conf.SuppressFixed[tyro.conf.Fixed[str]] = "clip"
-    """The method, by its name in the table of steps."""
-    model: tyro.conf.SuppressFixed[tyro.conf.Fixed[ModelConfig]]
+    step: Annotated[str | dict[str, Any], *_HIDDEN] = "clip"
+    """The method: its name in the table of steps, or {name: NAME, …options}."""
+    model: Annotated[AnyModel, *_HIDDEN]
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     max_minutes: Annotated[float, Field(gt=0)] | None = None
@@ -139,7 +189,35 @@ def load_recipe(name: str, overrides: Sequence[str] = (), changes: dict[str, Any
         ConfigError: A key or value of the file is wrong. (A wrong override ends the program with usage.)
     """
     path = find_recipe(name)
-    recipe = validate(Recipe, {**load_yaml(path), **(changes or {})}, where=str(path))
-    if not overrides:
+    values = {**load_yaml(path), **(changes or {})}
+    rest = _set_open(values, overrides)
+    recipe = validate(Recipe, values, where=str(path))
+    if not rest:
         return recipe
-    return tyro.cli(Recipe, default=recipe, args=list(overrides), prog=f"clipkit train {name}")
+    return tyro.cli(Recipe, default=recipe, args=rest, prog=f"clipkit train {name}")
+
+
+def _set_open(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set the overrides of open fields in a recipe's values. Returns the other overrides."""
+    rest, words = list[str](), list(overrides)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").replace("-", "_").partition("=")
+        if not word.startswith("--") or not any(name == part or name.startswith(f"{part}.") for part in OPEN):
+            rest.append(word)
+            continue
+        if equals:
+            value = word.partition("=")[2]
+        elif words:
+            value = words.pop(0)
+        else:
+            raise ConfigError(f"{word} has no value")
+        *path, last = name.split(".")
+        place = values
+        for part in path:
+            inner = place.get(part)
+            # `step: simclr` is short for `step: {name: simclr}`
+            place[part] = {"name": inner} if isinstance(inner, str) else dict(inner or {})
+            place = place[part]
+        place[last] = yaml.safe_load(value)
+    return rest

@@ -17,12 +17,13 @@ import numpy as np
 from clipkit.errors import ConfigError, InputError
 from clipkit.images import Preprocess
 from clipkit.text import Tokenizer
+from clipkit_data.batches.content import Content, content_for
 from clipkit_data.batches.maker import Batch, BatchMaker
 from clipkit_data.batches.order import VERSION, Order, Plan, Source
+from clipkit_data.batches.pairs import Dataset
 from clipkit_data.batches.quarantine import BadSample, Quarantine
 from clipkit_data.batches.workers import in_workers
 from clipkit_data.captions import CaptionSampler
-from clipkit_data.dataset import ShardDataset
 from clipkit_data.pictures.augment import AugmentConfig
 from clipkit_data.pictures.crop import CropConfig
 from clipkit_data.pictures.views import ViewsConfig
@@ -38,8 +39,8 @@ class TrainBatches:
 
     Args:
         datasets: The samples: one source, or several that are mixed.
-        preprocess: The model's; only its resizing is done here.
-        tokenizer: The model's; None for pictures alone.
+        content: How samples are read; a model's preprocessing means pictures as it resizes them.
+        tokenizer: The model's; None where captions do not count.
         batch_size: Global batch size, over all ranks.
         weights: How often each source is read, relative to the others; by default as large as it is.
         seed: Fixes the order, the augmentation, the captions and the spares.
@@ -57,19 +58,21 @@ class TrainBatches:
         pin_memory: Page-locked batches, for copies to a GPU.
         max_bad: Largest share of samples that may turn out bad.
         known_bad: Bad samples that an earlier part of the run found.
+        label: Metadata field that says of which class a sample is; a sample without it is bad.
+        more_captions: Further caption fields that are tokenized; a sample without one is bad.
 
     Attributes:
         quarantine: Samples of this rank that were replaced by spares.
 
     Raises:
         ConfigError: A batch that the ranks cannot share, a rank outside the world, a negative seed.
-        InputError: A tokenizer, but no captions in a dataset.
+        InputError: A tokenizer, but no captions in a dataset; more captions, but no tokenizer.
     """
 
     def __init__(
         self,
-        datasets: ShardDataset | Sequence[ShardDataset],
-        preprocess: Preprocess,
+        datasets: Dataset | Sequence[Dataset],
+        content: Preprocess | Content,
         tokenizer: Tokenizer | None,
         *,
         batch_size: int,
@@ -89,6 +92,8 @@ class TrainBatches:
         pin_memory: bool = False,
         max_bad: float = 1.0,
         known_bad: Sequence[BadSample] = (),
+        label: str | None = None,
+        more_captions: Sequence[str] = (),
     ) -> None:
         if not 0 <= rank < world or batch_size < world:
             raise ConfigError(f"batch_size {batch_size} cannot be shared: rank {rank} of {world} processes")
@@ -96,6 +101,8 @@ class TrainBatches:
             raise ConfigError(f"workers {workers}, start_step {start_step}: at least 0 each")
         if cache and crop is not None:
             raise ConfigError("cache keeps resized pictures: it cannot go with random crops of whole ones")
+        if more_captions and tokenizer is None:
+            raise InputError("more_captions are for models that read texts")
         self.datasets = list(datasets) if isinstance(datasets, Sequence) else [datasets]
         for dataset in self.datasets:
             if tokenizer is not None and not dataset.has_captions:
@@ -104,7 +111,7 @@ class TrainBatches:
         self._maker = BatchMaker(
             self.plan,
             self.datasets,
-            preprocess,
+            content_for(content),
             tokenizer,
             captions=captions or CaptionSampler(),
             crop=crop,
@@ -115,6 +122,8 @@ class TrainBatches:
             cache=cache,
             trim=trim,
             ahead=2 * max(workers, 1),
+            label=label,
+            more_captions=more_captions,
         )
         self.samples, self.batch_size = sum(len(dataset) for dataset in self.datasets), batch_size
         self.start_step, self.workers, self.pin_memory = start_step, workers, pin_memory
@@ -151,7 +160,7 @@ class TrainBatches:
 
 
 def _plan(
-    datasets: Sequence[ShardDataset],
+    datasets: Sequence[Dataset],
     weights: Sequence[float] | None,
     batch_size: int,
     seed: int,

@@ -5,12 +5,14 @@ are a function of (seed, epoch, sample id). A sample that cannot be used is repl
 id names, so every later place stays what it was. A shard that cannot be read at the moment is another
 matter: that is tried again and then stops the run, since a spare would make the order depend on the network.
 
-Shapes: B pictures, S side in pixels, L tokens.
+Shapes: B samples, S side in pixels, L tokens, F frames.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,13 +20,12 @@ from torch import Tensor
 
 from clipkit.decode import CropOf
 from clipkit.errors import DataError
-from clipkit.images import Preprocess
 from clipkit.text import Tokenizer, trim
+from clipkit_data.batches.content import Content
 from clipkit_data.batches.order import BatchPlaces, Plan
-from clipkit_data.batches.pairs import Samples
+from clipkit_data.batches.pairs import Dataset, Samples
 from clipkit_data.batches.quarantine import BadSample
 from clipkit_data.captions import CaptionSampler, draw_captions
-from clipkit_data.dataset import ShardDataset
 from clipkit_data.keyed import Purpose, keyed_integers
 from clipkit_data.pictures.augment import AugmentConfig, augment
 from clipkit_data.pictures.crop import CropConfig
@@ -36,12 +37,17 @@ _MAX_CACHED_TEXTS = 200_000
 _SOURCE_BITS = 56
 
 
+def _no_numbers() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One rank's part of one global batch.
 
     Args:
-        images: uint8 (B, 3, S, S), not normalised.
+        images: What the content stacks to: pictures uint8 (B, 3, S, S), not normalised; clips uint8
+            (B, F, 3, S, S); a `torch_geometric` batch of B graphs; of texts alone uint8 (B, 0).
         ids: Token ids, int64 (B, L), trimmed to the longest caption; (B, 0) without a tokenizer.
         sample_ids: int64 (B,); equal ids are the same sample.
         epochs: int64 (B,), how often each sample's source was read before.
@@ -49,9 +55,12 @@ class Batch:
         first: Row of the global batch that is the first here.
         faults: Samples that were replaced by spares.
         views: Each view of the pictures, uint8 (B, 3, S', S'), where views were asked for.
+        index: int64 (B,), each sample's position in all sources joined; (0,) in a stream.
+        labels: int64 (B,), equal for equal values of the label field (`label_id`); (0,) without one.
+        more_ids: Token ids of each further caption field, int64 (B, L').
     """
 
-    images: Tensor
+    images: Any
     ids: Tensor
     sample_ids: Tensor
     epochs: Tensor
@@ -59,6 +68,9 @@ class Batch:
     first: int = 0
     faults: tuple[BadSample, ...] = ()
     views: tuple[Tensor, ...] = ()
+    index: Tensor = field(default_factory=_no_numbers)
+    labels: Tensor = field(default_factory=_no_numbers)
+    more_ids: tuple[Tensor, ...] = ()
 
     @property
     def epoch(self) -> int:
@@ -66,15 +78,18 @@ class Batch:
         return int(self.epochs[0])
 
     def to(self, device: torch.device | str) -> Self:
-        """The batch with its pictures and tokens on a device; copies from pinned memory do not block."""
-        move = {"device": device, "non_blocking": True}
-        views = tuple(view.to(**move) for view in self.views)
-        return replace(self, images=self.images.to(**move), ids=self.ids.to(**move), views=views)
+        """The batch with what a model reads on a device; copies from pinned memory do not block."""
+        return self._each(lambda tensor: tensor.to(device=device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """The batch with its pictures and tokens in page-locked memory; the DataLoader calls it."""
-        views = tuple(view.pin_memory() for view in self.views)
-        return replace(self, images=self.images.pin_memory(), ids=self.ids.pin_memory(), views=views)
+        """The batch with what a model reads in page-locked memory; the DataLoader calls it."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        """The batch with all that goes to a model changed alike."""
+        single = {name: change(getattr(self, name)) for name in ("images", "ids", "index", "labels")}
+        several = {name: tuple(map(change, getattr(self, name))) for name in ("views", "more_ids")}
+        return replace(self, **single, **several)
 
     def checksum(self) -> int:
         """A number in [0, 2^64) whose sum over the ranks' parts, mod 2^64, is the same for the same samples
@@ -98,8 +113,8 @@ class BatchMaker:
     Args:
         plan: Which samples a global batch holds.
         datasets: The plan's sources, in its order.
-        preprocess: The model's; only its resizing is done here.
-        tokenizer: None for pictures alone.
+        content: How samples are read.
+        tokenizer: None where captions do not count.
         captions: Which words are drawn.
         crop: Random crops of the whole picture, before it is resized.
         augment: How pictures are changed here, or which views are made; None leaves that to others.
@@ -108,13 +123,15 @@ class BatchMaker:
         cache: Keep resized pictures and token ids.
         trim: Cut token ids to the longest caption.
         ahead: How many steps ahead shards are asked for.
+        label: Metadata field that says of which class a sample is.
+        more_captions: Further caption fields that are tokenized.
     """
 
     def __init__(
         self,
         plan: Plan,
-        datasets: Sequence[ShardDataset],
-        preprocess: Preprocess,
+        datasets: Sequence[Dataset],
+        content: Content,
         tokenizer: Tokenizer | None,
         *,
         captions: CaptionSampler,
@@ -126,12 +143,19 @@ class BatchMaker:
         cache: bool,
         trim: bool,
         ahead: int,
+        label: str | None,
+        more_captions: Sequence[str],
     ) -> None:
+        self.content, self.label = content, label
+        self.more_captions = [CaptionSampler({name: 1.0}) for name in more_captions]
+        fields = [*([label] if label else []), *more_captions]
         self.plan, self.tokenizer, self.captions = plan, tokenizer, captions
         self.crop, self.config, self.seed, self.trim, self.ahead = crop, augment, seed, trim, ahead
         self.sources = [
-            Samples(dataset, preprocess, captions=tokenizer is not None, cache=cache) for dataset in datasets
+            Samples(dataset, content, captions=tokenizer is not None, fields=fields, cache=cache)
+            for dataset in datasets
         ]
+        self._first = [0, *accumulate(len(dataset) for dataset in datasets)]
         self.part = slice(rank * plan.batch_size // world, (rank + 1) * plan.batch_size // world)
         self._texts: dict[str, Tensor] = {}
 
@@ -147,21 +171,29 @@ class BatchMaker:
         boxes: Sequence[CropOf | None] = [None] * len(id_B)
         if self.crop is not None:
             boxes = self.crop.boxes(seed=self.seed, epoch_n=places.epoch, id_n=id_B)
-        images, records, ids, faults = [], [], [], []
+        images, records, ids, positions, faults = [], [], [], [], []
         for row, box in enumerate(boxes):
-            image, record, found = self._sound(places, row, step, int(id_B[row]), box, faults)
+            image, record, found, position = self._sound(places, row, step, int(id_B[row]), box, faults)
             images.append(image)
             records.append(record)
             ids.append(found)
-        id_B, images_B3SS = np.array(ids, dtype=np.int64), torch.stack(images)
+            positions.append(self._first[int(places.source[row])] + position)
+        id_B = np.array(ids, dtype=np.int64)
+        labels = [label_id(record.meta[self.label]) for record in records] if self.label else []
         batch = Batch(
-            images=images_B3SS,
+            images=self.content.stack(images),
             ids=self._tokens(records, places.epoch, id_B),
             sample_ids=torch.from_numpy(id_B),
             epochs=torch.from_numpy(places.epoch),
             step=step,
             first=self.part.start,
             faults=tuple(faults),
+            index=torch.tensor(positions, dtype=torch.int64),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            more_ids=tuple(
+                self._encode(draw_captions(sampler, records, self.seed, places.epoch, id_B))
+                for sampler in self.more_captions
+            ),
         )
         return batch if self.config is None else batch.augmented(self.config, self.seed)
 
@@ -177,22 +209,26 @@ class BatchMaker:
 
     def _sound(
         self, places: BatchPlaces, row: int, step: int, id_: int, box: CropOf | None, faults: list[BadSample]
-    ) -> tuple[Tensor, Record, int]:
-        """A row's sample, or the first sound one of the chain of spares that its id names."""
+    ) -> tuple[Any, Record, int, int]:
+        """A row's sample, or the first sound one of the chain of spares that its id names.
+
+        Returns:
+            Its content, its record, its id, its position in its source.
+        """
         number = int(places.source[row])
         source = self.sources[number]
         starts = self.plan.sources[number].order.starts
         position = int(starts[places.shard[row]] + places.index[row])
         found = source.load(position, box)
         if not isinstance(found, SampleFault):
-            return *found, id_
+            return *found, id_, position
         key = np.array([places.epoch[row]]), np.array([id_])
         chain = keyed_integers(self.seed, Purpose.SPARE, *key, MAX_SPARES)[0] % len(source.dataset)
         for spare in chain.tolist():
             faults.append(_bad(found, number, source.dataset, step))
             found = source.load(spare, box)
             if not isinstance(found, SampleFault):
-                return *found, (number << _SOURCE_BITS) | source.dataset.sample_id(spare)
+                return *found, (number << _SOURCE_BITS) | source.dataset.sample_id(spare), spare
         raise DataError(
             f"{MAX_SPARES} samples in a row cannot be read; the last: {found.key}: {found.detail}",
             hint="run `clipkit shards check` on the shards",
@@ -202,7 +238,11 @@ class BatchMaker:
         """Token ids of one caption per record, int64 (B, L)."""
         if self.tokenizer is None:
             return torch.zeros(len(records), 0, dtype=torch.int64)
-        texts = draw_captions(self.captions, records, self.seed, epoch_B, id_B)
+        return self._encode(draw_captions(self.captions, records, self.seed, epoch_B, id_B))
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        """Token ids of texts, int64 (B, L)."""
+        assert self.tokenizer is not None
         if self.sources[0].cache:
             ids_BL = self._remembered(texts, self.tokenizer)
         else:
@@ -219,7 +259,13 @@ class BatchMaker:
         return torch.stack([self._texts[text] for text in texts])
 
 
-def _bad(fault: SampleFault, number: int, dataset: ShardDataset, step: int) -> BadSample:
+def label_id(value: Any) -> int:
+    """A label as a number in [0, 2^63): equal for equal text, and else almost never."""
+    digest = hashlib.blake2b(str(value).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _bad(fault: SampleFault, number: int, dataset: Dataset, step: int) -> BadSample:
     shard, index = dataset.locate(fault.position)
     return BadSample(
         id=(number << _SOURCE_BITS) | dataset.sample_id(fault.position),

@@ -1,4 +1,4 @@
-"""Pictures with their captions, decoded: one at a time, in order for evaluation, or all at once.
+"""Samples with their captions, decoded: one at a time, in order for evaluation, or all at once.
 
 Evaluation sees every sample once, in the dataset's order. What cannot be read is left out and listed, never
 replaced: a figure that says how many it was measured on must mean it.
@@ -6,24 +6,25 @@ replaced: a figure that says how many it was measured on must mean it.
 Shapes: N samples, S side in pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipkit.decode import CropOf, read_picture
+from clipkit.decode import CropOf
 from clipkit.errors import DataError, ImageError
 from clipkit.images import Preprocess
+from clipkit_data.batches.content import Content, content_for
 from clipkit_data.batches.workers import in_workers
 from clipkit_data.dataset import ShardDataset
+from clipkit_data.lines import LineDataset
 from clipkit_data.records import Record, RecordError, SampleFault
 from clipkit_data.shards.scan import picture_reason
 
-
-def load_picture(record: Record, preprocess: Preprocess, crop: CropOf | None = None) -> Tensor:
-    """A record's picture as uint8 (3, S, S). Raises: ImageError."""
-    return read_picture(record.image, preprocess, name=record.key, crop=crop)
+Dataset = ShardDataset | LineDataset
+"""Samples by position: of shards, or of files of sentences."""
 
 
 class Samples:
@@ -31,21 +32,28 @@ class Samples:
 
     Args:
         dataset: The samples; a `ShardDataset` or another source of records.
-        preprocess: Says how pictures are resized.
+        content: How the content is read.
         captions: Whether an empty caption is a fault.
+        fields: Metadata fields that a sample must have.
         cache: Keep what was decoded (without the encoded bytes).
     """
 
     def __init__(
-        self, dataset: ShardDataset, preprocess: Preprocess, *, captions: bool, cache: bool = False
+        self,
+        dataset: Dataset,
+        content: Content,
+        *,
+        captions: bool,
+        fields: Sequence[str] = (),
+        cache: bool = False,
     ) -> None:
-        self.dataset, self.preprocess = dataset, preprocess
-        self.captions, self.cache = captions, cache
-        self._kept: dict[int, tuple[Tensor, Record]] = {}
+        self.dataset, self.content = dataset, content
+        self.captions, self.fields, self.cache = captions, fields, cache
+        self._kept: dict[int, tuple[Any, Record]] = {}
         self._bad: dict[int, SampleFault] = {}
 
-    def load(self, position: int, crop: CropOf | None = None) -> tuple[Tensor, Record] | SampleFault:
-        """The picture uint8 (3, S, S) and the record (its `image` emptied), or why there is none.
+    def load(self, position: int, crop: CropOf | None = None) -> tuple[Any, Record] | SampleFault:
+        """The content and the record (without its bytes), or why there is none.
 
         Args:
             position: In the dataset.
@@ -59,7 +67,10 @@ class Samples:
             record = self.dataset[position]
             if self.captions and not record.caption:
                 raise RecordError(f"{record.key}: the caption is empty", "empty caption")
-            found = load_picture(record, self.preprocess, crop), replace(record, image=b"")
+            for field in self.fields:
+                if record.meta.get(field) in (None, "", []):
+                    raise RecordError(f"{record.key}: the field {field!r} is empty", f"no {field}")
+            found = self.content.load(record, crop), replace(record, image=b"", frames=())
         except (ImageError, RecordError) as error:
             reason = picture_reason(error) if isinstance(error, ImageError) else error.reason
             fault = SampleFault(position, self.dataset.key(position), reason, error.message)
@@ -75,13 +86,13 @@ class Pairs:
     """Consecutive samples of a dataset, faulty ones left out.
 
     Args:
-        images: uint8 (N, 3, S, S), not normalised.
-        records: The N records, without their pictures' bytes.
+        images: What the content stacks to: of pictures uint8 (N, 3, S, S), not normalised.
+        records: The N records, without the bytes of their content.
         sample_ids: int64 (N,).
         faults: What was left out.
     """
 
-    images: Tensor
+    images: Any
     records: list[Record]
     sample_ids: Tensor
     faults: list[SampleFault]
@@ -95,18 +106,17 @@ class Pairs:
 class _PairsMaker:
     """The n-th batch of a dataset in order: what a worker runs."""
 
-    def __init__(self, samples: Samples, batch_size: int, limit: int) -> None:
-        self.samples, self.batch_size, self.limit = samples, batch_size, limit
+    def __init__(self, samples: Samples, batch_size: int, positions: Sequence[int]) -> None:
+        self.samples, self.batch_size, self.positions = samples, batch_size, positions
 
     def __len__(self) -> int:
-        return -(-self.limit // self.batch_size)
+        return -(-len(self.positions) // self.batch_size)
 
     def make(self, number: int) -> Pairs:
         """The batch of that number."""
         images, records, ids, faults = [], [], [], []
-        side = self.samples.preprocess.size
         start = number * self.batch_size
-        for position in range(start, min(start + self.batch_size, self.limit)):
+        for position in self.positions[start : start + self.batch_size]:
             found = self.samples.load(position)
             if isinstance(found, SampleFault):
                 faults.append(found)
@@ -114,8 +124,9 @@ class _PairsMaker:
             images.append(found[0])
             records.append(found[1])
             ids.append(self.samples.dataset.sample_id(position))
-        stacked = torch.stack(images) if images else torch.zeros(0, 3, side, side, dtype=torch.uint8)
-        return Pairs(stacked, records, torch.tensor(ids, dtype=torch.int64), faults)
+        return Pairs(
+            self.samples.content.stack(images), records, torch.tensor(ids, dtype=torch.int64), faults
+        )
 
 
 class EvalBatches:
@@ -123,25 +134,29 @@ class EvalBatches:
 
     Args:
         dataset: The samples.
-        preprocess: The model's; only its resizing is done here.
+        content: How samples are read; a model's preprocessing means pictures as it resizes them.
         batch_size: Samples per batch; batches with faults are smaller.
         workers: Worker processes; 0 decodes in this one.
         limit: Only the first so many samples.
+        spread: The limited samples lie evenly in the dataset, instead of at its start.
         captions: Whether a sample with an empty caption is a fault.
     """
 
     def __init__(
         self,
-        dataset: ShardDataset,
-        preprocess: Preprocess,
+        dataset: Dataset,
+        content: Preprocess | Content,
         *,
         batch_size: int = 256,
         workers: int = 0,
         limit: int | None = None,
+        spread: bool = False,
         captions: bool = True,
     ) -> None:
         size = len(dataset) if limit is None else min(limit, len(dataset))
-        self._source = _PairsMaker(Samples(dataset, preprocess, captions=captions), batch_size, size)
+        samples = Samples(dataset, content_for(content), captions=captions)
+        positions = [i * len(dataset) // size for i in range(size)] if spread else range(size)
+        self._source = _PairsMaker(samples, batch_size, positions)
         self.workers = workers
 
     def __len__(self) -> int:
@@ -153,7 +168,7 @@ class EvalBatches:
 
 
 def load_pairs(
-    dataset: ShardDataset,
+    dataset: Dataset,
     preprocess: Preprocess,
     *,
     workers: int = 0,

@@ -29,8 +29,8 @@ from webdataset.shardlists import ResampledShards
 from clipkit.errors import ConfigError, DataError, ImageError
 from clipkit.images import Preprocess
 from clipkit.text import Tokenizer, trim
+from clipkit_data.batches.content import Pictures
 from clipkit_data.batches.loader import Batch
-from clipkit_data.batches.pairs import load_picture
 from clipkit_data.batches.quarantine import BadSample, Quarantine
 from clipkit_data.batches.workers import in_workers
 from clipkit_data.captions import CaptionSampler, draw_captions
@@ -99,7 +99,7 @@ class _StreamMaker:
         augment: AugmentConfig | None,
         trim: bool,
     ) -> None:
-        self.stream, self.preprocess, self.tokenizer = stream, preprocess, tokenizer
+        self.stream, self.pictures, self.tokenizer = stream, Pictures(preprocess), tokenizer
         self.size, self.first, self.captions, self.crop = size, first, captions, crop
         self.config, self.trim = augment, trim
         self._samples: Iterator[StreamSample] | None = None
@@ -172,7 +172,7 @@ class _StreamMaker:
         if self.crop is not None:
             seed = self.stream.seed
             box = self.crop.boxes(seed=seed, epoch_n=np.array([epoch]), id_n=np.array([number]))[0]
-        return load_picture(record, self.preprocess, box)
+        return self.pictures.load(record, box)
 
     def _tokens(self, records: Sequence[Record], epoch_B: np.ndarray, id_B: np.ndarray) -> Tensor:
         """Token ids of one caption per record, int64 (B, L)."""

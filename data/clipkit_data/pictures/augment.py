@@ -5,14 +5,14 @@ colour jitter, grey, blur, solarize. The numbers come from (seed, epoch, sample 
 treats a picture the same whatever else is in the batch, so a picture is augmented bit by bit the same for
 any number of workers and ranks. All of it runs where the pictures are. The numbers are drawn on the host
 and are equal everywhere; pixels on a CPU and on a GPU may differ by a level through the rounding of floats,
-by two after a bicubic resize, and a strong jitter enlarges that.
+by two after a bicubic resize, and a strong jitter enlarges that. The frames of a clip are changed alike.
 
 Meaning and parameters are torchvision's (v2: RandomResizedCrop, ColorJitter, RandomGrayscale, GaussianBlur,
 RandomSolarize), except that colours stay floating point from the first step to the last: torchvision cuts
 uint8 pictures down to whole levels after each.
 
-Shapes: N pictures, H × W pixels in, S pixels a side out, K random numbers per picture, T tries
-of a crop.
+Shapes: N pictures or clips, F frames of a clip, H × W pixels in, S pixels a side out, K random numbers per
+picture, T tries of a crop.
 """
 
 import math
@@ -164,7 +164,7 @@ def augment(
     """The pictures, each changed at random as (seed, epoch, sample id, view) says.
 
     Args:
-        images_N3HW: uint8 (N, 3, H, W), on any device.
+        images_N3HW: uint8 (N, 3, H, W), or clips (N, F, 3, H, W), on any device.
         config: How strongly.
         seed: The run's seed.
         epoch_N: Epoch of each picture, integers (N,).
@@ -173,8 +173,14 @@ def augment(
         size: Side S of the square pictures that come out; None keeps H × W.
 
     Returns:
-        uint8 (N, 3, S, S) or (N, 3, H, W), on the same device; what a picture does not cover is white.
+        uint8 (N, 3, S, S) or (N, 3, H, W), clips with their F frames, on the same device; what a picture does
+        not cover is white.
     """
+    if images_N3HW.ndim == 5:  # the key of its clip draws the same numbers for each frame
+        clips, frames = images_N3HW.shape[:2]
+        keys = {"epoch_N": np.repeat(epoch_N, frames), "id_N": np.repeat(id_N, frames)}
+        images_M3HW = augment(images_N3HW.flatten(0, 1), config, seed=seed, view=view, size=size, **keys)
+        return images_M3HW.unflatten(0, (clips, frames))
     height, width = (size, size) if size else images_N3HW.shape[-2:]
     if not len(images_N3HW):
         return images_N3HW.new_empty(0, 3, height, width)

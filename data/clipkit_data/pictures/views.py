@@ -13,13 +13,14 @@ Shapes: N pictures, H × W pixels in, S pixels a side out.
 """
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from clipkit.config import Config
+from clipkit.config import Config, validate
 from clipkit.errors import ConfigError
 from clipkit_data.pictures.augment import AugmentConfig, augment
 
@@ -167,6 +168,17 @@ def supcon(size: int | None = None) -> ViewsConfig:
     )  # fmt: skip
 
 
+def characters(size: int | None = None) -> ViewsConfig:
+    """Two views for written characters: moved, turned and stretched a little, cropped, blurred; no mirroring.
+
+    Mirrored, a b is a d. Not from a paper: the papers' families are for photographs.
+    """
+    return _twice(
+        size, area=(0.5, 1), aspect=_ASPECT, rotate=12, shear=10, scale=0.15, translate=0.08,
+        brightness=0.3, contrast=0.4, blur=0.5,
+    )  # fmt: skip
+
+
 def _asymmetric(size: int | None, **crop: Any) -> ViewsConfig:
     """BYOL's two views: the first is always blurred, the second seldom, but it may be solarized."""
     both = AugmentConfig(
@@ -219,7 +231,7 @@ def multi_crop(size: int | None = None, small: int = 96, smalls: int = 6) -> Vie
     )
 
 
-FAMILIES: Mapping[str, Callable[[int | None], ViewsConfig]] = {
+FAMILIES: Mapping[str, Callable[..., ViewsConfig]] = {
     "none": none,
     "clip": clip,
     "clip_openai": clip_openai,
@@ -230,20 +242,37 @@ FAMILIES: Mapping[str, Callable[[int | None], ViewsConfig]] = {
     "byol": byol,
     "simsiam": simsiam,
     "supcon": supcon,
+    "characters": characters,
     "multi_crop": multi_crop,
 }
 
 
-def family(name: str, size: int | None = None) -> ViewsConfig:
+def family(name: str, size: int | None = None, **options: float) -> ViewsConfig:
     """The views of a named family.
 
     Args:
         name: A key of `FAMILIES`.
         size: Side of the (large) views in pixels; None keeps the input's.
+        options: Further arguments of the family's function, such as `strength`.
 
     Raises:
-        ConfigError: No family of that name.
+        ConfigError: No family of that name, or one without such an option.
     """
     if name not in FAMILIES:
         raise ConfigError(f"unknown family of views {name!r}", hint=f"known are {', '.join(FAMILIES)}")
-    return FAMILIES[name](size)
+    known = list(signature(FAMILIES[name]).parameters)
+    if unknown := [option for option in options if option not in known]:
+        raise ConfigError(f"views {name!r} have no {unknown[0]!r}", hint=f"they have {', '.join(known)}")
+    return FAMILIES[name](size, **options)
+
+
+def views_of(options: Mapping[str, Any]) -> ViewsConfig:
+    """The views that a recipe describes: `{"family": NAME, options…}` or `{"views": [specs…]}`.
+
+    Raises:
+        ConfigError: They describe none.
+    """
+    if "family" not in options:
+        return validate(ViewsConfig, dict(options), "views")
+    rest = dict(options)
+    return family(rest.pop("family"), **rest)

@@ -19,7 +19,7 @@ import numpy as np
 from clipkit.errors import DataError
 from clipkit.files import atomic_write
 from clipkit_data.records import RecordError
-from clipkit_data.shards.sample import IMAGE_EXTENSIONS, Sample
+from clipkit_data.shards.sample import Sample, contents_of
 from clipkit_data.shards.scan import is_metadata, split_name
 from clipkit_data.shards.tar import BLOCK, Damage, scan_part, scan_tar
 
@@ -97,9 +97,9 @@ class EnergonSamples(Sequence[Sample]):
                 members[names[1]] = entry.offset, entry.size
         if len(keys) != 1:
             raise self._fault(start, "members are not adjacent")
-        images = [name for name in members if name in IMAGE_EXTENSIONS]
-        if len(images) != 1:
-            raise self._fault(start, "several pictures" if images else "missing picture")
+        contents = contents_of(members)
+        if len(contents) != 1:  # shards of texts alone are read by their own index
+            raise self._fault(start, "several pictures" if contents else "missing picture")
         return Sample(keys.pop(), members, start)
 
     def _fault(self, offset: int, reason: str) -> RecordError:

@@ -2,19 +2,25 @@
 
 The members of a sample lie side by side in the tar, so a sample is one positioned read, from the first
 member's data to the end of the last. Where the CRC-32 of the data is known it is compared at every read.
+What a sample is a sample of, its content, is told by the extensions of its members (`contents_of`).
 """
 
 import os
+import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit.errors import DataError
-from clipkit_data.records import RecordError
+from clipkit_data.records import Record, RecordError, parse_caption, parse_meta
 from clipkit_data.remote.retry import Retry
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
+CLIP_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")
+GRAPH_EXTENSION = "graph.npz"
+_WHOLE = (*IMAGE_EXTENSIONS, *CLIP_EXTENSIONS, GRAPH_EXTENSION)
+_FRAME = re.compile(rf"([0-9]+)\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 RETRY = Retry()
 Span = tuple[int, int]
@@ -36,10 +42,38 @@ class Sample:
     header: int = 0
     crc32: int | None = None
 
-    @property
-    def image(self) -> str:
-        """The extension of its picture."""
-        return next(extension for extension in self.members if extension in IMAGE_EXTENSIONS)
+
+def contents_of(extensions: Iterable[str]) -> list[list[str]]:
+    """Each content among the members of a sample: a picture, a clip, a graph, or all numbered frames.
+
+    A sound sample has one. `key.0.jpg, key.1.jpg, …` are the frames of one clip, in the order of numbers.
+    """
+    extensions = list(extensions)
+    numbers = {name: int(match[1]) for name in extensions if (match := _FRAME.fullmatch(name))}
+    frames = sorted(numbers, key=lambda name: numbers[name])
+    return [[name] for name in extensions if name in _WHOLE] + ([frames] if frames else [])
+
+
+def to_record(id_: tuple[int, int], key: str, members: Mapping[str, bytes], where: str) -> Record:
+    """A sample's members as a record. Raises: RecordError for a caption or json that is bad."""
+    content = next(iter(contents_of(members)), [])
+    meta = parse_meta(members["json"], where) if "json" in members else {}
+    if "cls" in members:
+        meta["cls"] = parse_caption(members["cls"], where)
+    return Record(
+        id=id_,
+        key=key,
+        image=members[content[0]] if content else b"",
+        caption=parse_caption(members["txt"], where) if "txt" in members else None,
+        meta=meta,
+        frames=tuple(members[name] for name in content) if len(content) > 1 else (),
+        extension=content[0] if len(content) == 1 else "",
+    )
+
+
+def is_picture(extension: str) -> bool:
+    """Whether a member is a picture: a sample's own, or a frame."""
+    return extension in IMAGE_EXTENSIONS or _FRAME.fullmatch(extension) is not None
 
 
 def read_span(file: int, span: Span, where: str) -> bytes:

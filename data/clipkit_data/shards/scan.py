@@ -18,7 +18,7 @@ from clipkit.errors import DataError, ImageError, NotFoundError
 from clipkit.files import sha256_file
 from clipkit_data.records import RecordError, parse_caption, parse_meta
 from clipkit_data.shards.counts import count_faults, read_stats
-from clipkit_data.shards.sample import IMAGE_EXTENSIONS, Sample, Span, read_sample
+from clipkit_data.shards.sample import Sample, Span, contents_of, is_picture, read_sample
 from clipkit_data.shards.tar import Damage, Member, scan_tar
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
@@ -111,7 +111,8 @@ def scan_shard(path: Path | str, name: str | None = None) -> ShardIndex:
     index.groups = len(groups)
     extensions = {extension for group in groups for extension in group.members}
     usual = {frozenset(group.members) for group in groups if not (group.broken or group.touched)}
-    found = [_sample(group, extensions, usual, index) for group in groups]
+    text_alone = not any(contents_of(group.members) for group in groups)
+    found = [_sample(group, extensions, usual, index, text_alone) for group in groups]
     index.samples = [sample for sample in found if sample is not None]
     index.faults.sort(key=lambda fault: fault.offset or 0)
     index.faults += [Fault(str(index.path), None, None, *fault) for fault in count_faults(path, len(groups))]
@@ -169,9 +170,11 @@ def _group(entries: Sequence[Member | Damage], index: ShardIndex) -> list[_Group
 
 
 def _sample(
-    group: _Group, extensions: set[str], usual: set[frozenset[str]], index: ShardIndex
+    group: _Group, extensions: set[str], usual: set[frozenset[str]], index: ShardIndex, text_alone: bool
 ) -> Sample | None:
-    """The group as a sample, or None and a fault when its picture or caption is missing.
+    """The group as a sample, or None and a fault when its content or caption is missing.
+
+    The content is a picture, a clip or a graph. A shard without any of these (`text_alone`) is one of texts.
 
     Captions and `.json` are missed only where some sample of the shard (`extensions`) has them. Beside a
     lost member a sample counts as whole only when an untouched one (`usual`) has the same extensions.
@@ -179,9 +182,11 @@ def _sample(
     if group.broken:
         return None
     faults = []
-    images = [extension for extension in group.members if extension in IMAGE_EXTENSIONS]
-    if len(images) != 1:
-        faults.append("several pictures" if images else "missing picture")
+    contents = contents_of(group.members)
+    if len(contents) > 1:
+        faults.append("several pictures")
+    elif not contents and not (text_alone and "txt" in group.members):
+        faults.append("missing picture")
     if "txt" not in group.members and "txt" in extensions:
         faults.append("missing caption")
     if not faults and group.touched and frozenset(group.members) not in usual:
@@ -254,7 +259,7 @@ def _content_faults(path: Path, file: int, sample: Sample) -> Iterator[Fault]:
     for extension, data in members.items():
         where = f"{path}: {sample.key}.{extension}"
         try:
-            if extension in IMAGE_EXTENSIONS:
+            if is_picture(extension):
                 decode_image(data, name=where)
             elif extension == "txt" and not parse_caption(data, where):
                 raise RecordError(f"{where}: the caption is empty", "empty caption")

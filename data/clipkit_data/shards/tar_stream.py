@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from clipkit.errors import ClipkitError, DataError
-from clipkit_data.records import Record, RecordError, parse_caption, parse_meta
+from clipkit_data.records import Record, RecordError
 from clipkit_data.remote.storage import PIECE, RemoteFile, Retry, is_remote, shown
-from clipkit_data.shards.scan import IMAGE_EXTENSIONS, split_name
+from clipkit_data.shards.sample import contents_of, to_record
+from clipkit_data.shards.scan import split_name
 
 _DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 _END_MARK: type[Exception] = tarfile.EOFHeaderError  # pyright: ignore[reportAttributeAccessIssue]
@@ -98,13 +99,11 @@ def _record(key: str, members: list[tuple[str, bytes]], shard: str) -> Record:
     where, found = f"{shard}: {key}", dict(members)
     if len(found) < len(members):
         raise RecordError(f"{where}: a member comes twice", "duplicate member")
-    images = [extension for extension in found if extension in IMAGE_EXTENSIONS]
-    if len(images) != 1:
-        reason = "several pictures" if images else "missing picture"
+    contents = contents_of(found)
+    if len(contents) > 1 or not (contents or "txt" in found):
+        reason = "several pictures" if contents else "missing picture"
         raise RecordError(f"{where}: {reason}: it has {', '.join(found)}", reason)
-    caption = parse_caption(found["txt"], where) if "txt" in found else None
-    meta = parse_meta(found["json"], where) if "json" in found else {}
-    return Record((0, 0), key, found[images[0]], caption, meta)
+    return to_record((0, 0), key, found, where)
 
 
 def _named(stream: IO[bytes]) -> Iterator[tuple[str, str, bytes]]:

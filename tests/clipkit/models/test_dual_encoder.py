@@ -8,6 +8,7 @@ import torch
 from clipkit.errors import ConfigError, NotFoundError
 from clipkit.images import Preprocess
 from clipkit.models import DualEncoder, ModelConfig, build_model
+from clipkit.models.fingerprint import Fingerprint
 from clipkit.text import build_tokenizer
 
 CONFIG = ModelConfig(
@@ -121,10 +122,10 @@ def test_fingerprint_covers_weights_preprocessing_tokenizer_and_scoring(model: D
         next(model.image.parameters()).view(-1)[0] += 1e-3
     seen.add(model.fingerprint)
     model.preprocess = Preprocess(size=16, resize="squash")
-    model._fingerprint = None
+    model._fingerprint = Fingerprint()
     seen.add(model.fingerprint)
     model.tokenizer = build_tokenizer({"name": "clip", "context_length": 23})
-    model._fingerprint = None
+    model._fingerprint = Fingerprint()
     seen.add(model.fingerprint)
     assert len(seen) == 5
     assert all(len(digest) == 64 for digest in seen)

@@ -16,31 +16,9 @@ import torch
 from torch import Tensor
 
 from clipkit.errors import InputError
+from clipkit.metrics import checks
 
 _SCORES = 1 << 24  # similarities held at once
-
-
-def _features(name: str, x: Any) -> Tensor:
-    x = torch.as_tensor(x)
-    if x.dim() != 2 or not x.is_floating_point() or x.shape[0] == 0:
-        raise InputError(
-            f"{name} must be floating, of shape (rows, features) with a row at least, "
-            f"got {tuple(x.shape)} {x.dtype}"
-        )
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _ids(name: str, x: Any, rows: int, device: torch.device) -> Tensor:
-    x = torch.as_tensor(x)
-    if x.dim() != 1 or x.shape[0] != rows or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise InputError(f"{name} must be integers of shape ({rows},), got {tuple(x.shape)} {x.dtype}")
-    return x.to(device=device, dtype=torch.int64)
-
-
-def _cutoffs(ks: Sequence[int]) -> list[int]:
-    if not ks or any(isinstance(k, bool) or not isinstance(k, int) or k < 1 for k in ks):
-        raise InputError(f"ks must be integers >= 1, got {list(ks)!r}")
-    return list(ks)
 
 
 @torch.no_grad()
@@ -63,16 +41,10 @@ def retrieval_ranks(query_ND: Any, gallery_MD: Any, query_ids: Any, gallery_ids:
         InputError: shapes do not fit, a similarity is not a number, or a query has no positive in the
             gallery.
     """
-    query_ND, gallery_MD = _features("query", query_ND), _features("gallery", gallery_MD)
-    if query_ND.shape[1] != gallery_MD.shape[1]:
-        raise InputError(
-            f"query {tuple(query_ND.shape)} and gallery {tuple(gallery_MD.shape)} differ in their features"
-        )
+    query_ND, gallery_MD = checks.two_features(query=query_ND, gallery=gallery_MD)
     device = query_ND.device
-    dtype = torch.promote_types(query_ND.dtype, gallery_MD.dtype)
-    query_ND, gallery_MD = query_ND.to(dtype), gallery_MD.to(device, dtype)
-    query_id_N = _ids("query_ids", query_ids, query_ND.shape[0], device)
-    gallery_id_M = _ids("gallery_ids", gallery_ids, gallery_MD.shape[0], device)
+    query_id_N = checks.ids("query_ids", query_ids, query_ND.shape[0], device)
+    gallery_id_M = checks.ids("gallery_ids", gallery_ids, gallery_MD.shape[0], device)
     place_M = torch.arange(gallery_MD.shape[0], device=device)
     ranks = torch.empty(query_ND.shape[0], dtype=torch.int64, device=device)
     step = max(1, _SCORES // gallery_MD.shape[0])
@@ -117,7 +89,7 @@ def retrieval_recall(
     Raises:
         InputError: shapes do not fit, ks < 1, or a query has no positive in the gallery.
     """
-    cutoffs = _cutoffs(ks)
+    cutoffs = checks.cutoffs(ks)
     ranks = retrieval_ranks(query_ND, gallery_MD, query_ids, gallery_ids)
     return {f"recall@{k}": float((ranks < k).double().mean()) for k in cutoffs}
 
@@ -139,9 +111,9 @@ def zero_shot_accuracy(
     Raises:
         InputError: shapes do not fit, ks < 1, or a label is not a class.
     """
-    cutoffs = _cutoffs(ks)
-    classes = _features("class", class_CD).shape[0]
-    label_N = _ids("labels", labels, _features("image", image_ND).shape[0], torch.device("cpu"))
+    cutoffs = checks.cutoffs(ks)
+    classes = checks.features("class", class_CD).shape[0]
+    label_N = checks.ids("labels", labels, checks.features("image", image_ND).shape[0], torch.device("cpu"))
     if int(label_N.min()) < 0 or int(label_N.max()) >= classes:
         raise InputError(
             f"labels must be in [0, {classes}), got {int(label_N.min())} to {int(label_N.max())}"

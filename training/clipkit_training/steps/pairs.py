@@ -1,11 +1,10 @@
-"""Steps: what a method does with one batch. Each is a small module around the model that returns its loss.
+"""Image-text pairs: CLIP and SigLIP.
 
-A Step's `forward` is what DistributedDataParallel wraps. Losses gather over the group and return W times
-this rank's share, so that DDP's mean over ranks is the gradient of one process with the whole batch.
+The one idea: pictures with the same caption, word for word, are positives of each other's captions.
 """
 
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +15,14 @@ from clipkit.config import Config
 from clipkit.errors import ConfigError
 from clipkit.losses import contrast
 from clipkit.models import DualEncoder
-from clipkit.registry import Registry, Spec
+from clipkit_data.batches.maker import Batch
+from clipkit_training.steps.base import Metrics, Setting, Step
 
 
-class Step(Protocol):
-    """One batch to a scalar loss and the numbers worth logging (scalars over the whole group)."""
-
-    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
-
-
-class PairStep(nn.Module):
+class PairStep(Step):
     """Image-text pairs against the whole global batch, with the softmax (CLIP) or sigmoid (SigLIP) loss.
 
-    Pictures with the same caption, word for word, are positives of each other's captions. In the softmax
-    loss that changes the accuracy alone: its value is the same when equal captions embed alike.
+    Equal captions change the accuracy alone in the softmax loss: its value is the same when they embed alike.
 
     Args:
         model: Encodes both sides.
@@ -37,16 +30,18 @@ class PairStep(nn.Module):
         group: Processes whose batches are candidates too.
     """
 
+    model: DualEncoder
+
     def __init__(self, model: DualEncoder, link: str, group: dist.ProcessGroup | None) -> None:
         super().__init__()
         self.model = model
         self.link = link
         self.group = group
 
-    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of uint8 or normalised pictures (N, 3, S, S) with token ids (N, L)."""
-        image_ND, text_ND, scale, bias = self.model(images, ids)
-        caption_N = caption_ids(ids, self.model.tokenizer.pad_id)
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Loss of a batch's pictures with its captions."""
+        image_ND, text_ND, scale, bias = self.model(batch.images, batch.ids)
+        caption_N = caption_ids(batch.ids, self.model.tokenizer.pad_id)
         same: dict[str, Any] = {"q_id": caption_N, "k_id": caption_N, "scale": scale, "group": self.group}
         if self.link == "logistic":
             assert bias is not None
@@ -59,7 +54,13 @@ class PairStep(nn.Module):
             "accuracy": output.accuracy,
             "positive_similarity": output.positive_similarity,
             "negative_similarity": output.negative_similarity,
+            "scale": scale.detach(),
         }
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the logit scale in its range."""
+        self.model.clamp_scale_()
 
 
 def caption_ids(ids_NL: Tensor, pad_id: int) -> Tensor:
@@ -78,22 +79,23 @@ def _factors(length: int) -> Tensor:
     return torch.from_numpy(numbers | 1)
 
 
-def build_clip(model: DualEncoder, group: dist.ProcessGroup | None) -> PairStep:
+def build_clip(model: nn.Module, config: Config, setting: Setting) -> PairStep:
     """CLIP's symmetric cross-entropy."""
+    model = _dual(model, "clip")
     if model.scoring != "softmax":
         raise ConfigError("step: clip needs model.scoring: softmax", hint="or use step: siglip")
-    return PairStep(model, "softmax", group)
+    return PairStep(model, "softmax", setting.group)
 
 
-def build_siglip(model: DualEncoder, group: dist.ProcessGroup | None) -> PairStep:
+def build_siglip(model: nn.Module, config: Config, setting: Setting) -> PairStep:
     """SigLIP's pairwise sigmoid loss."""
+    model = _dual(model, "siglip")
     if model.scoring != "sigmoid" or model.bias is None:
         raise ConfigError("step: siglip needs model.scoring: sigmoid", hint="or use step: clip")
-    return PairStep(model, "logistic", group)
+    return PairStep(model, "logistic", setting.group)
 
 
-STEPS = Registry(
-    "step",
-    (Spec("clip", Config, build_clip), Spec("siglip", Config, build_siglip)),
-    group="clipkit.steps",
-)
+def _dual(model: nn.Module, step: str) -> DualEncoder:
+    if not isinstance(model, DualEncoder):
+        raise ConfigError(f"step: {step} trains pictures with texts, the model has one tower")
+    return model

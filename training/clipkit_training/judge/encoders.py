@@ -1,0 +1,137 @@
+"""`clipkit evaluate` for encoders: what a run folder says is filled in, judged, and laid out as a table."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipkit.errors import ConfigError
+from clipkit.files import read_manifest
+from clipkit.models import load_encoder
+from clipkit_data.batches.pairs import Dataset
+from clipkit_data.dataset import ShardDataset
+from clipkit_data.sources import is_streamed, open_dataset, resolve_shards
+from clipkit_training.judge.report import report_encoder
+from clipkit_training.recipe import Recipe, load_recipe
+
+_CONFIG = "config.yaml"
+_MODEL = "model"
+_FACTS = ("label", "classes", "train", "heldout", "unseen", "k", "alignment_of")
+
+
+def find_run(name: str) -> tuple[str, Path | None]:
+    """The model's name, and the run folder it belongs to if that is known.
+
+    Args:
+        name: A run folder, the model folder in it, or any model's name.
+    """
+    path = Path(name)
+    if (path / _CONFIG).is_file() and (path / _MODEL).is_dir():
+        return str(path / _MODEL), path
+    run = path.parent if path.is_dir() and (path.parent / _CONFIG).is_file() else None
+    return name, run
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a run folder or model name stands for an encoder alone."""
+    model, _ = find_run(name)
+    return Path(model).is_dir() and "modality" in read_manifest(model, "model", verify=False)
+
+
+def judge_encoder(
+    name: str,
+    *,
+    data: Sequence[str] = (),
+    train_data: Sequence[str] = (),
+    label: str | None = None,
+    shares: Sequence[int] = (),
+    ks: Sequence[int] = (200,),
+    untrained: bool = True,
+    device: str | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """What `clipkit evaluate` reports of an encoder.
+
+    Args:
+        name: A run folder, an encoder's folder, or an image-text model whose image tower is judged.
+        data: Held-out shards; by default the run's.
+        train_data: Shards that neighbours and probes learn from; by default the run's.
+        label: Metadata field that names the class; by default the run's.
+        shares: Per cent of the labels to fine-tune on.
+        ks: Numbers of neighbours.
+        untrained: Also judge new weights and the raw content.
+        device: Where to encode.
+        advance: Called with the number of samples done.
+
+    Returns:
+        `{"model": name, …}` and what `report_encoder` gives.
+
+    Raises:
+        ConfigError: Data or label are neither given nor known from a run.
+    """
+    model, run = find_run(name)
+    recipe = load_recipe(str(run / _CONFIG)) if run else None
+    label = label or (recipe.data.label if recipe else None)
+    train_data, data = _sources(recipe, train_data, data)
+    for what, given, option in (
+        ("held-out data", data, "--data"),
+        ("training data", train_data, "--train-data"),
+        ("label", label, "--label"),
+    ):
+        if not given:
+            raise ConfigError(f"{name}: no {what} is known", hint=f"give {option}")
+    assert label is not None
+    encoder = load_encoder(model, device)
+    report = report_encoder(
+        encoder,
+        _open(train_data),
+        _open(data),
+        label=label,
+        ks=ks,
+        views=recipe.data.make_views(encoder.preprocess.size) if recipe else None,
+        baselines=untrained,
+        shares=shares,
+        seed=recipe.seed if recipe else 0,
+        advance=advance,
+    )
+    return {"model": name} | report
+
+
+def _sources(
+    recipe: Recipe | None, train: Sequence[str], heldout: Sequence[str]
+) -> tuple[Sequence[str], Sequence[str]]:
+    """What was given, or else what the run was trained and judged on."""
+    if recipe is not None:
+        own = list(recipe.data.sources) or [recipe.data.train]
+        train = train or [spec for spec in own if not is_streamed(spec)]
+        heldout = heldout or ([recipe.data.heldout] if recipe.data.heldout else [])
+    return train, heldout
+
+
+def _open(specs: Sequence[str]) -> Dataset:
+    if len(specs) == 1:
+        return open_dataset(specs[0])
+    return ShardDataset([path for spec in specs for path in resolve_shards(spec)])
+
+
+def encoder_table(result: dict[str, Any]) -> tuple[list[list[Any]], list[str]]:
+    """A report as a table: a row for each figure, a column for each kind of features.
+
+    Returns:
+        Rows, and the names of the columns, as `print_table` takes them.
+    """
+    kinds = {"trained": result} | {kind: result[kind] for kind in ("untrained", "raw") if kind in result}
+    spreads = {f"{name}_std" for name in result}
+    skip = {"model", "faults", *kinds, *_FACTS, *spreads}
+    names = [name for name in result if name not in skip]
+    rows = [[name, *(_cell(figures, name) for figures in kinds.values())] for name in names]
+    rows += [[name, str(result[name]), *("" for _ in list(kinds)[1:])] for name in _FACTS]
+    for reason, count in result.get("faults", {}).items():
+        rows.append([f"left out: {reason}", str(count), *("" for _ in list(kinds)[1:])])
+    return rows, ["", *kinds]
+
+
+def _cell(figures: dict[str, Any], name: str) -> str:
+    if name not in figures:
+        return ""
+    spread = figures.get(f"{name}_std")
+    return f"{figures[name]:.4f}" + (f" ± {spread:.4f}" if spread is not None else "")
