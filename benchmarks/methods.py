@@ -7,7 +7,8 @@ SimCLR, MoCo v2, BYOL and SimSiam on the characters that ship with clipkit, and 
 sides have the same pictures, backbone with the same initial weights, heads, augmentation, optimizer, learning
 rates and number of steps; clipkit runs its own loop on shards, lightly's blocks run in the loop that its
 examples have (methods_lightly.py). In a round both run once in turn, each in a process of its own, with all
-cores for the arithmetic and no loader processes. A seed is a round. Ratios are clipkit's figure divided by
+cores for the arithmetic, in bfloat16 where the processor multiplies in it (losses in float32), and no loader
+processes. A seed is a round. Ratios are clipkit's figure divided by
 lightly's for speed, and lightly's by clipkit's for memory. Accuracy is measured on held-out samples by the
 same code for both, on the backbone's features. Rows with more than 10 % of stolen CPU time are marked †.
 
@@ -58,7 +59,7 @@ def recipe_of(case: dict[str, Any]) -> Any:
     data |= {"views": {"views": [view]}, "augment_on": "device"}
     model = {"modality": "image", "tower": TOWER, "preprocess": {"size": case["size"], **PLAIN}}
     fields = {"step": step, "max_steps": case["steps"], "seed": case["seed"], "model": model, "data": data}
-    run = {"precision": "fp32", "evaluations": 0, "checkpoints": 0, "optim": {**OPTIM, "clip_norm": None}}
+    run = {"evaluations": 0, "checkpoints": 0, "optim": {**OPTIM, "clip_norm": None}}
     return validate(Recipe, {**fields, **run}, "case")
 
 
@@ -74,12 +75,14 @@ def train_clipkit(recipe: Any, case: dict[str, Any]) -> Any:
 
 def train_lightly(recipe: Any, case: dict[str, Any]) -> Any:
     import methods_lightly
+    import torch
     from PIL import Image
 
     from clipkit.models import build_model
     from clipkit_data.batches.pairs import load_pairs
     from clipkit_data.sources import open_dataset
     from clipkit_training.optim import build_optimizer, learning_rate
+    from clipkit_training.precision import resolve_precision
 
     encoder = build_model(recipe.model, seed=case["seed"])
     found = load_pairs(open_dataset(recipe.data.train), encoder.preprocess, captions=False)
@@ -91,15 +94,13 @@ def train_lightly(recipe: Any, case: dict[str, Any]) -> Any:
         {**case, **METHODS[case["method"]], "changes": CHANGES},
         partial(build_optimizer, config=recipe.optim),
         lambda step: learning_rate(recipe.optim, step, step / case["steps"]),
+        resolve_precision(recipe.precision, torch.device("cpu")) == "bf16",
     )
     return encoder.eval()
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Train once and judge. Seconds, CPU seconds and memory are of the training alone, imports done."""
-    from clipkit_data.sources import open_dataset
-    from clipkit_training.judge.report import report_encoder
-
     recipe, trained = recipe_of(case), []
     train = {"clipkit": train_clipkit, "lightly": train_lightly}[case["side"]]
     train(recipe_of({**case, "steps": 2}), {**case, "steps": 2})  # imports, first calls
@@ -108,12 +109,36 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     memory = machine.extra_memory(lambda: trained.append(train(recipe, case)))
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     samples, steal = case["steps"] * case["batch"], machine.steal_since(before)
-    sets = (open_dataset(spec) for spec in (recipe.data.train, recipe.data.heldout))
-    report = report_encoder(trained[0], *sets, label="label", ks=(20,), baselines=case["baselines"])
     figures = {"samples/s": samples / wall, "samples/CPU s": samples / cpu, "memory": memory, "steal": steal}
-    names = ("knn", "linear", "rankme")
-    kinds = {kind: report[kind] for kind in ("untrained", "raw") if kind in report}
-    return {**figures, **{name: report[name] for name in names}, **kinds}
+    return {**figures, **judge(trained[0], recipe, case["baselines"])}
+
+
+def judge(encoder: Any, recipe: Any, baselines: bool) -> dict[str, Any]:
+    """kNN (k = 20) and a linear probe on held-out samples."""
+    from clipkit.metrics import knn_accuracy
+    from clipkit_data.batches.pairs import EvalBatches
+    from clipkit_data.sources import open_dataset
+    from clipkit_training.judge.features import encoded, raw, read_features, untrained
+    from clipkit_training.judge.labels import code_labels
+    from clipkit_training.judge.linear import logistic_probe
+
+    of = {"": encoded(encoder)}
+    if baselines:
+        of |= {"untrained": encoded(untrained(encoder, recipe.seed)), "raw": raw(encoder)}
+    known, held = (
+        read_features(EvalBatches(open_dataset(spec), encoder.preprocess, captions=False), of, "label")
+        for spec in (recipe.data.train, recipe.data.heldout)
+    )
+    found: dict[str, Any] = {}
+    for kind in of:
+        train, test = known[kind], held[kind]
+        coded, mean_D = code_labels(train.labels, test.labels), train.x_ND.mean(dim=0) * (kind == "raw")
+        votes = knn_accuracy(
+            test.x_ND - mean_D, coded.heldout_N, train.x_ND - mean_D, coded.train_N, ks=(20,)
+        )
+        figures = {"knn": votes["knn@20"], "linear": logistic_probe(train, test)["top1"]}
+        found |= {kind: figures} if kind else figures
+    return found
 
 
 def child(case: dict[str, Any]) -> None:

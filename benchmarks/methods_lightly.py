@@ -51,12 +51,24 @@ def transform(changes: dict[str, Any], size: int) -> MultiViewTransform:
     return MultiViewTransform([view, view])
 
 
+class InFloat32(nn.Module):
+    """A loss in float32, whatever the network computes in."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *features: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.loss(*(feature.float() for feature in features))
+
+
 class SimCLR(nn.Module):
     def __init__(self, backbone: nn.Module, width: int, case: dict[str, Any]) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = heads.SimCLRProjectionHead(width, case["hidden"], case["dim"])
-        self.loss = NTXentLoss(temperature=case["temperature"])
+        self.loss = InFloat32(NTXentLoss(temperature=case["temperature"]))
 
     def forward(self, views: Sequence[Tensor], done: float) -> Tensor:
         z_2ND = self.head(self.backbone(torch.cat(list(views))))
@@ -91,7 +103,7 @@ class BYOL(nn.Module):
         self.twin, self.twin_head = copy.deepcopy(self.backbone), copy.deepcopy(self.head)
         deactivate_requires_grad(self.twin)
         deactivate_requires_grad(self.twin_head)
-        self.loss = NegativeCosineSimilarity()
+        self.loss = InFloat32(NegativeCosineSimilarity())
 
     def forward(self, views: Sequence[Tensor], done: float) -> Tensor:
         tau = cosine_schedule(round(1000 * done), 1000, self.momentum, 1)
@@ -109,7 +121,7 @@ class SimSiam(nn.Module):
         self.backbone = backbone
         self.head = heads.SimSiamProjectionHead(width, case["hidden"], case["dim"])
         self.predictor = heads.SimSiamPredictionHead(case["dim"], case["dim"] // 4, case["dim"])
-        self.loss = NegativeCosineSimilarity()
+        self.loss = InFloat32(NegativeCosineSimilarity())
 
     def forward(self, views: Sequence[Tensor], done: float) -> Tensor:
         z = [self.head(self.backbone(view)) for view in views]
@@ -127,8 +139,9 @@ def train(
     case: dict[str, Any],
     optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
     rate_at: Callable[[int], float],
+    bfloat16: bool,
 ) -> None:
-    """Train `backbone` in place for `case["steps"]` steps."""
+    """Train `backbone` in place for `case["steps"]` steps, in mixed precision if so."""
     torch.manual_seed(case["seed"])
     data = Pictures(pictures, transform(case["changes"], case["size"]))
     loader = DataLoader(data, case["batch"], shuffle=True, drop_last=True, num_workers=case["workers"])
@@ -140,7 +153,8 @@ def train(
         views = next(batches)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step)
-        loss = model(views, step / case["steps"])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model(views, step / case["steps"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -3,8 +3,8 @@
 The idea in both is to spend the few operations a CPU has where they count: the image tower folds pixels into
 channels before its first convolution and keeps maps small; the text tower is a shallow causal transformer
 that reads its answer at the end-of-text token, so that a batch can be trimmed to its longest caption without
-changing any result. Neither uses batch statistics: the gradient of a batch does not depend on how the batch
-was cut into ranks.
+changing any result. By default neither uses batch statistics: the gradient of a batch does not depend on how
+the batch was cut into ranks.
 
 Shapes: N batch, C channels, H and W pixels, L tokens, D width.
 """
@@ -27,12 +27,15 @@ class CNNConfig(Config):
         depths: Residual blocks per stage.
         stem: Side of the square of pixels that the stem folds into channels.
         groups: Groups of the normalisation.
+        norm: "group", or "batch", which self-supervised methods want: it needs no groups, but its gradient is
+            that of a rank's part of the batch unless it is synchronised.
     """
 
     widths: tuple[int, ...] = (64, 128, 256)
     depths: tuple[int, ...] = (1, 1, 1)
     stem: int = Field(default=4, ge=1)
     groups: int = Field(default=8, ge=1)
+    norm: Literal["group", "batch"] = "group"
 
     @model_validator(mode="after")
     def _check(self) -> "CNNConfig":
@@ -43,15 +46,19 @@ class CNNConfig(Config):
         return self
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with group normalisation and a shortcut (He et al. 2016, pre-add ReLU)."""
+def _norm(config: CNNConfig, width: int) -> nn.Module:
+    return nn.BatchNorm2d(width) if config.norm == "batch" else nn.GroupNorm(config.groups, width)
 
-    def __init__(self, width_in: int, width: int, stride: int, groups: int) -> None:
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with normalisation and a shortcut (He et al. 2016, pre-add ReLU)."""
+
+    def __init__(self, width_in: int, width: int, stride: int, config: CNNConfig) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.norm1 = nn.GroupNorm(groups, width)
+        self.norm1 = _norm(config, width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(groups, width)
+        self.norm2 = _norm(config, width)
         pool = nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
         same = stride == 1 and width_in == width
         self.shortcut = (
@@ -72,7 +79,7 @@ class ImageCNN(nn.Module):
         self.stem = nn.Sequential(
             nn.PixelUnshuffle(config.stem),
             nn.Conv2d(3 * config.stem**2, first, 3, 1, 1, bias=False),
-            nn.GroupNorm(config.groups, first),
+            _norm(config, first),
             nn.ReLU(inplace=True),
         )
         blocks: list[nn.Module] = []
@@ -80,7 +87,7 @@ class ImageCNN(nn.Module):
         for stage, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(ResidualBlock(width_in, width, stride, config.groups))
+                blocks.append(ResidualBlock(width_in, width, stride, config))
                 width_in = width
         self.blocks = nn.Sequential(*blocks)
         self.width = width_in

@@ -86,6 +86,14 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--label", metavar="FIELD", help="encoders: metadata field that names the class (default: the run's)"
     )
     parser.add_argument(
+        "--k",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="encoders: numbers of neighbours (default: 200, or 20 where classes are smaller)",
+    )
+    parser.add_argument(
         "--finetune",
         type=int,
         nargs="+",
@@ -115,6 +123,7 @@ def _evaluate(args: argparse.Namespace) -> int | None:
                 train_data=args.train_data,
                 label=args.label,
                 shares=args.finetune,
+                ks=args.k,
                 untrained=args.untrained,
                 advance=bar.advance,
             )

@@ -176,7 +176,7 @@ class Trainer:
             batch = batch.augmented(self.data.augment, recipe.seed)
         rate = learning_rate(recipe.optim, self.step, done)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1)
         torch.manual_seed(_seed_of(recipe.seed, self.step, self.world.rank))
         self.parallel.train()
         with autocast(self.precision, self.world.device):

@@ -6,6 +6,7 @@ budget anneals to zero just as one with a step budget does.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,16 +19,19 @@ from clipkit_training.recipe import OptimConfig
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The recipe's optimizer over the trainable parameters of `model`.
 
+    Groups with an `lr_scale` want so many times the learning rate (`Step.lr_scales`).
+
     AdamW (Loshchilov & Hutter 2019), SGD with momentum, or LARS (You et al. 2017) as timm has it: the rate of
     each weight is scaled by trust · ‖w‖ / (‖g‖ + decay · ‖w‖), and that of vectors and scalars is not.
     SimCLR's and BYOL's own codes divide by ‖g + decay · w‖ instead.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if parameter.ndim >= 2]
-    others = [parameter for parameter in trainable if parameter.ndim < 2]
+    scales: Mapping[str, float] = getattr(model, "lr_scales", {})
+    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    plain = [value for name, value in trainable.items() if name not in scales]
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [value for value in plain if value.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [value for value in plain if value.ndim < 2], "weight_decay": 0.0},
+        *({"params": [trainable[name]], "weight_decay": 0.0, "lr_scale": x} for name, x in scales.items()),
     ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

@@ -80,10 +80,12 @@ def test_the_loss_is_that_of_nce_loss_with_the_same_noise_for_every_row() -> Non
 
 def test_z_is_a_number_without_weight_decay() -> None:
     step = nce()
-    decayed, others = build_optimizer(step, OptimConfig(weight_decay=0.5)).param_groups
-    assert any(parameter is step.log_z for parameter in others["params"])
-    assert others["weight_decay"] == 0 != decayed["weight_decay"]
-    assert not any(parameter is step.log_z for parameter in decayed["params"])
+    step.lr_scales = {"log_z": 25.0}
+    *others, own = build_optimizer(step, OptimConfig(weight_decay=0.5)).param_groups
+    (log_z,) = own["params"]
+    assert log_z is step.log_z
+    assert (own["weight_decay"], own["lr_scale"]) == (0, 25)
+    assert not any(parameter is step.log_z for group in others for parameter in group["params"])
 
 
 @pytest.mark.parametrize("z", ["learnable", "moving", "fixed"])

@@ -44,7 +44,7 @@ def judge_encoder(
     train_data: Sequence[str] = (),
     label: str | None = None,
     shares: Sequence[int] = (),
-    ks: Sequence[int] = (200,),
+    ks: Sequence[int] = (),
     untrained: bool = True,
     device: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
@@ -57,7 +57,7 @@ def judge_encoder(
         train_data: Shards that neighbours and probes learn from; by default the run's.
         label: Metadata field that names the class; by default the run's.
         shares: Per cent of the labels to fine-tune on.
-        ks: Numbers of neighbours.
+        ks: Numbers of neighbours; see `report_encoder`.
         untrained: Also judge new weights and the raw content.
         device: Where to encode.
         advance: Called with the number of samples done.

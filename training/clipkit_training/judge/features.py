@@ -142,7 +142,7 @@ def untrained(encoder: Encoder, seed: int) -> Encoder:
 def raw(encoder: Encoder) -> FeaturesOf:
     """What samples are worth without a model.
 
-    Pictures and clips: pixels in [0, 1] as the encoder sees them, at most 64 a side. Sentences: counts of
+    Pictures and clips: pixels as the encoder sees them, at most 64 a side. Sentences: counts of
     two or three letters in a row within words, scaled to length 1. Graphs: numbers of nodes and edges,
     density, and the shares of nodes of degree 0 … 15 and more.
     """

@@ -7,6 +7,7 @@ Shapes: N samples, D features.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def report_encoder(
     heldout: Dataset,
     *,
     label: str,
-    ks: Sequence[int] = (200,),
+    ks: Sequence[int] = (),
     temperature: float = 0.07,
     views: ViewsConfig | None = None,
     baselines: bool = True,
@@ -53,11 +54,12 @@ def report_encoder(
         train: What neighbours and probes learn from.
         heldout: What they are judged on.
         label: Metadata field that names the class; another one than it was trained with is a transfer probe.
-        ks: Numbers of neighbours; the first is `knn`, others are `knn@K`.
+        ks: Numbers of neighbours; the first is `knn`, others are `knn@K`. By default 200 (Wu et al. 2018),
+            or 20 where a class has fewer training samples than that on average.
         temperature: Of the neighbours' vote.
         views: Where there are two, alignment is that of two views of each held-out picture; otherwise it is
             that of neighbouring held-out samples of a class.
-        baselines: Also judge the encoder with new weights, and the raw content.
+        baselines: Also judge the encoder with new weights, and the raw content less its mean over `train`.
         shares: Fine-tune on so many per cent of the labels, e.g. (1, 10, 100); this takes minutes.
         svm_seeds: Divisions into folds for the SVM on graphs.
         seed: Of new weights, draws and views.
@@ -92,16 +94,20 @@ def report_encoder(
         return read_features(batches, wanted, label, advance)
 
     known, held = read(train, of), read(heldout, of | views_of)
+    if baselines:  # the cosine of raw content says little while all of it points one way
+        mean_D = known["raw"].x_ND.mean(dim=0)
+        for side in (known, held):
+            side["raw"] = replace(side["raw"], x_ND=side["raw"].x_ND - mean_D)
     result: dict[str, Any] = {}
     for name in of:
-        figures = _accuracies(known[name], held[name], ks, temperature, seed)
+        figures = _accuracies(known[name], held[name], ks or _usual_ks(known[name]), temperature, seed)
         if name != "raw":
             sides = [held[f"{name}/{number}"] for number in range(len(pair))]
             figures |= _geometry(held[name], sides)
         if encoder.modality == "graph":
             figures |= _svm(known[name], held[name], svm_seeds)
         result |= {name: _rounded(figures)} if name else _rounded(figures)
-    result |= _facts(known[""], held[""], ks) | {
+    result |= _facts(known[""], held[""], ks or _usual_ks(known[""])) | {
         "label": label,
         "alignment_of": "views" if pair else "labels",
     }
@@ -117,7 +123,7 @@ def report_live(
     heldout: Sequence[Pairs],
     *,
     label: str | None,
-    ks: Sequence[int] = (200,),
+    ks: Sequence[int] = (),
     temperature: float = 0.07,
     views: ViewsConfig | None = None,
     seed: int = 0,
@@ -145,6 +151,7 @@ def report_live(
     figures = _geometry(held[""], [held[name] for name in sides]) | {"heldout": len(held[""].labels)}
     if label is not None:
         known = read_features(train, of, label)[""]
+        ks = ks or _usual_ks(known)
         figures = _knn(known, held[""], ks, temperature) | figures
         figures["k"] = min(ks[0], len(known.labels))
     return _rounded(figures)
@@ -167,6 +174,11 @@ def _accuracies(
         few = logistic_probe(train, heldout, share=share, draws=_DRAWS, seed=seed)
         figures |= {name: few["top1"], f"{name}_std": few["std"]}
     return figures
+
+
+def _usual_ks(train: Features) -> tuple[int]:
+    """How many neighbours vote: more than a class has would drown it."""
+    return (200,) if len(train.labels) >= 200 * len(set(train.labels)) else (20,)
 
 
 def _knn(train: Features, heldout: Features, ks: Sequence[int], temperature: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ DDP's mean over ranks is the gradient of one process with the whole batch.
 Shapes: N rows of this rank, D features.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,9 +64,11 @@ class Step(nn.Module):
 
     Attributes:
         model: What is judged and saved, a `DualEncoder` or an `Encoder`.
+        lr_scales: Learning rates of single parameters, by name, relative to the run's.
     """
 
     model: Any
+    lr_scales: Mapping[str, float] = {}
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -36,15 +36,16 @@ class NceConfig(BankConfig):
 
     Args:
         draws: m, how many rows of the bank are noise in a step.
-        z: "learnable": log Z is a parameter; it falls as embeddings spread, by no more than the learning
-            rate a step with AdamW, for which in short runs "moving" is better: the mean of log Z over the
-            last hundred steps or so. "fixed": the first step's estimate for good, as in the paper's code,
-            kept for comparison: the embeddings of an untrained network are alike, which makes it up to
-            e^{1/τ} times too large.
+        z: "learnable": log Z is a parameter. "moving": the mean of log Z over the last hundred steps or so.
+            "fixed": the first step's estimate for good, as in the paper's code, kept for comparison: the
+            embeddings of an untrained network are alike, which makes it up to e^{1/τ} times too large.
+        z_rate: Learning rate of log Z relative to that of the weights. Adam moves a parameter by about its
+            rate, and log Z has 1/τ to go as embeddings spread.
     """
 
     draws: int = Field(default=4096, ge=1)
     z: Literal["learnable", "moving", "fixed"] = "learnable"
+    z_rate: float = Field(default=1.0, gt=0)
 
 
 class NceStep(BankStep):
@@ -67,6 +68,7 @@ class NceStep(BankStep):
         log_z = torch.tensor(self.log_n, dtype=torch.float32)
         if config.z == "learnable":
             self.log_z = nn.Parameter(log_z)
+            self.lr_scales = {"log_z": config.z_rate}
         else:
             self.register_buffer("log_z", log_z)
         self.register_buffer("started", torch.tensor(False))
