@@ -143,7 +143,37 @@ def _filter(args: argparse.Namespace) -> int:
     return 0
 
 
+def _pairs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="shards whose .json holds lists of keywords")
+    parser.add_argument("out", help="the .tsv to write: sentence1, sentence2, score")
+    parser.add_argument("--field", default="keywords", metavar="NAME", help="default: keywords")
+    parser.add_argument("--count", type=int, default=10_000, metavar="N", help="default: 10000")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    json_option(parser)
+
+
+def _pairs(args: argparse.Namespace) -> int:
+    from clipkit_data.dataset import ShardDataset
+    from clipkit_data.sources import resolve_shards
+    from clipkit_data.tools.sentences import graded_pairs, write_pairs
+
+    dataset = ShardDataset(resolve_shards(args.path))
+    records = (dataset[position] for position in range(len(dataset)))
+    pairs = graded_pairs(records, args.field, count=args.count, seed=args.seed)
+    write_pairs(Path(args.out), pairs)
+    report(f"{args.out}: {len(pairs)} pairs", {})
+    if args.json:
+        print_json({"pairs": len(pairs), "out": args.out})
+    return 0
+
+
 LOOKING = {
+    "pairs": Command(
+        help="pairs of captions, scored by the keywords they share: to judge sentence encoders with",
+        examples="  clipkit shards pairs sample:emoji/heldout pairs.tsv --field keywords_zh",
+        arguments=_pairs_arguments,
+        run=_pairs,
+    ),
     "stats": Command(
         help="count: sizes, formats, captions, duplicates, faults",
         examples=(

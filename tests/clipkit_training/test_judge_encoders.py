@@ -291,7 +291,7 @@ def test_a_run_folder_says_what_to_judge_on(run_folder: Path) -> None:
     found = judge_encoder(str(run_folder))
     assert (found["train"], found["heldout"], found["label"]) == (48, 32, "hue")
     assert found["alignment_of"] == "views"
-    of_model = judge_encoder(str(run_folder / "model"), label="bright", untrained=False)
+    of_model = judge_encoder(str(run_folder / "model"), label="bright", baselines=False)
     assert (of_model["label"], of_model["classes"]) == ("bright", 2)
     assert is_encoder(str(run_folder))
     assert find_run(str(run_folder)) == (str(run_folder / "model"), run_folder)
@@ -307,7 +307,7 @@ def test_a_model_without_a_run_needs_to_be_told(
         judge_encoder(name)
     with pytest.raises(ConfigError, match=r"no label is known \(give --label\)"):
         judge_encoder(name, data=heldout, train_data=train)
-    found = judge_encoder(name, data=heldout, train_data=train, label="hue", shares=(10,), untrained=False)
+    found = judge_encoder(name, data=heldout, train_data=train, label="hue", shares=(10,), baselines=False)
     assert found["finetune_10pct"] > 0.5, "chance is 0.25"
     assert resolve_shards(heldout[0])
 

@@ -94,6 +94,13 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="encoders: numbers of neighbours (default: 200, or 20 where classes are smaller)",
     )
     parser.add_argument(
+        "--sts",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="sentence encoders: a .tsv, .csv or .jsonl with sentence1, sentence2, score",
+    )
+    parser.add_argument(
         "--finetune",
         type=int,
         nargs="+",
@@ -124,7 +131,8 @@ def _evaluate(args: argparse.Namespace) -> int | None:
                 label=args.label,
                 shares=args.finetune,
                 ks=args.k,
-                untrained=args.untrained,
+                pairs=args.sts,
+                baselines=args.untrained,
                 advance=bar.advance,
             )
         if args.json:

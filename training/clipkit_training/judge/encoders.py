@@ -6,11 +6,13 @@ from typing import Any
 
 from clipkit.errors import ConfigError
 from clipkit.files import read_manifest
-from clipkit.models import load_encoder
+from clipkit.models import Encoder, load_encoder
 from clipkit_data.batches.pairs import Dataset
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.sources import is_streamed, open_dataset, resolve_shards
+from clipkit_training.judge.features import untrained
 from clipkit_training.judge.report import report_encoder
+from clipkit_training.judge.sentences import read_scored_pairs, sts
 from clipkit_training.recipe import Recipe, load_recipe
 
 _CONFIG = "config.yaml"
@@ -45,7 +47,8 @@ def judge_encoder(
     label: str | None = None,
     shares: Sequence[int] = (),
     ks: Sequence[int] = (),
-    untrained: bool = True,
+    pairs: Sequence[str] = (),
+    baselines: bool = True,
     device: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
@@ -58,7 +61,8 @@ def judge_encoder(
         label: Metadata field that names the class; by default the run's.
         shares: Per cent of the labels to fine-tune on.
         ks: Numbers of neighbours; see `report_encoder`.
-        untrained: Also judge new weights and the raw content.
+        pairs: Files of scored sentence pairs (`read_scored_pairs`), for Spearman's correlation.
+        baselines: Also judge new weights and the raw content.
         device: Where to encode.
         advance: Called with the number of samples done.
 
@@ -80,7 +84,7 @@ def judge_encoder(
         if not given:
             raise ConfigError(f"{name}: no {what} is known", hint=f"give {option}")
     assert label is not None
-    encoder = load_encoder(model, device)
+    encoder, seed = load_encoder(model, device), recipe.seed if recipe else 0
     report = report_encoder(
         encoder,
         _open(train_data),
@@ -88,11 +92,15 @@ def judge_encoder(
         label=label,
         ks=ks,
         views=recipe.data.make_views(encoder.preprocess.size) if recipe else None,
-        baselines=untrained,
+        baselines=baselines,
         shares=shares,
-        seed=recipe.seed if recipe else 0,
+        seed=seed,
         advance=advance,
     )
+    if pairs:
+        report |= _sts(encoder, pairs)
+        if baselines:
+            report["untrained"] |= _sts(untrained(encoder, seed), pairs)
     return {"model": name} | report
 
 
@@ -111,6 +119,15 @@ def _open(specs: Sequence[str]) -> Dataset:
     if len(specs) == 1:
         return open_dataset(specs[0])
     return ShardDataset([path for spec in specs for path in resolve_shards(spec)])
+
+
+def _sts(encoder: Encoder, files: Sequence[str]) -> dict[str, float]:
+    """Spearman's correlation for files of scored sentence pairs: "sts", the mean, and each of several."""
+    found = sts(encoder, {Path(file).stem: read_scored_pairs(file) for file in files})
+    figures = {"sts": found.pop("mean")}
+    if len(found) > 1:
+        figures |= {f"sts_{task}": value for task, value in found.items()}
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def encoder_table(result: dict[str, Any]) -> tuple[list[list[Any]], list[str]]:
