@@ -79,9 +79,10 @@ def backbone_of(encoder: Encoder, target: Target) -> Backbone:
     """
     name = encoder.config.tower.get("name")
     if encoder.modality != "image" or not isinstance(encoder.tower, TimmImage):
+        picture = encoder.modality == "image"
         raise InputError(
             f"only image towers of timm can be exported; this one is the {encoder.modality} tower {name!r}",
-            hint="train one with tower: {name: timm, model: resnet18}",
+            hint="--model.tower '{name: timm, model: resnet18}' trains one" if picture else None,
         )
     options = encoder.config.tower
     architecture = str(options["model"]).split(".")[0]

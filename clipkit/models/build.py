@@ -11,7 +11,7 @@ from clipkit.errors import ConfigError
 from clipkit.models.dual_encoder import DualEncoder, ModelConfig
 from clipkit.models.encoder import Encoder, EncoderConfig
 from clipkit.models.towers import GRAPH_TOWERS, IMAGE_TOWERS, TEXT_TOWERS, build_tower
-from clipkit.text import build_tokenizer
+from clipkit.text import Tokenizer, build_tokenizer
 
 
 @overload
@@ -53,6 +53,11 @@ def build_model(
 
 def _build_encoder(config: EncoderConfig, seed: int | None, folder: Path | None) -> Encoder:
     tokenizer = build_tokenizer(config.tokenizer, folder) if config.modality == "text" else None
+    return new_encoder(config, seed, tokenizer)
+
+
+def new_encoder(config: EncoderConfig, seed: int | None, tokenizer: Tokenizer | None) -> Encoder:
+    """An encoder with new weights around a tokenizer that is there; see `build_model`."""
     table = {"image": IMAGE_TOWERS, "text": TEXT_TOWERS, "graph": GRAPH_TOWERS}[config.modality]
     argument = {"image": config.preprocess.size, "text": tokenizer, "graph": None}[config.modality]
     with seeded(seed):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.errors import ArtifactError, ConfigError, NotFoundError
+from clipkit.files import MANIFEST
 from clipkit.images import Interpolation, Preprocess
 from clipkit.models.dual_encoder import DualEncoder, ModelConfig
 from clipkit.models.encoder import Encoder, EncoderConfig
@@ -30,8 +31,9 @@ def load_model(name: str | Path, device: torch.device | str | None = None) -> Du
     """An image-text model with its weights, in eval mode.
 
     Args:
-        name: A model folder; `open_clip:NAME/TAG` (or a weights file for TAG); `hf:NAME` or `hf:FOLDER` of
-            a CLIP, SigLIP, MetaCLIP 2 or Chinese-CLIP model in transformers' format.
+        name: A model folder, or the run folder that it is in; `open_clip:NAME/TAG` (or a weights file for
+            TAG); `hf:NAME` or `hf:FOLDER` of a CLIP, SigLIP, MetaCLIP 2 or Chinese-CLIP model in
+            transformers' format.
         device: Where to put it; the CPU by default.
 
     Raises:
@@ -89,7 +91,9 @@ def _load_folder(name: str | Path) -> DualEncoder | Encoder:
         raise NotFoundError(
             f"no such model folder: {name}", hint="or name one: open_clip:ViT-B-32/laion2b_s34b_b79k, hf:NAME"
         )
-    return load_folder(name)
+    inner = Path(name) / "model"
+    of_run = (inner / MANIFEST).is_file() and not (Path(name) / MANIFEST).is_file()
+    return load_folder(inner if of_run else name)
 
 
 def _device(device: torch.device | str | None) -> torch.device:

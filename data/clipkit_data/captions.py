@@ -44,7 +44,7 @@ class CaptionSampler:
         """One caption; `uniforms` are two numbers in [0, 1) that decide which."""
         place = bisect_right(self._bounds, uniforms[0] * self._bounds[-1])
         name = self._names[min(place, len(self._names) - 1)]
-        text = "" if name == CAPTION else _text(record.meta.get(name), uniforms[1])
+        text = "" if name == CAPTION else field_text(record.meta.get(name), uniforms[1])
         return text or record.caption or ""
 
 
@@ -56,7 +56,7 @@ def draw_captions(
     return [captions.draw(record, draw) for record, draw in zip(records, draws_N2, strict=True)]
 
 
-def _text(value: Any, uniform: float) -> str:
+def field_text(value: Any, uniform: float) -> str:
     """A field's text; of a list the element that `uniform` points at."""
     if isinstance(value, list):
         texts = [item for item in value if isinstance(item, str) and item.strip()]

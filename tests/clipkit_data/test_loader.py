@@ -223,7 +223,7 @@ def test_pictures_alone_need_no_captions(damaged: ShardDataset) -> None:
 def test_nothing_sound_is_an_error(write_shard: Callable[..., Path], tokenizer: ClipTokenizer) -> None:
     samples = [{"__key__": str(n), "png": b"no picture", "txt": b"words"} for n in range(3)]
     dataset = ShardDataset([write_shard("none/00000.tar", samples)])
-    with pytest.raises(DataError, match="in a row cannot be read"):
+    with pytest.raises(DataError, match="in a row cannot be used"):
         next(iter(TrainBatches(dataset, PREPROCESS, tokenizer, batch_size=2)))
     with pytest.raises(DataError, match="no sample can be read"):
         load_pairs(dataset, PREPROCESS)

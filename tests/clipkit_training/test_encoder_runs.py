@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from webdataset.writer import TarWriter
 
 from clipkit.cli import main
 
@@ -95,3 +96,35 @@ def test_what_does_not_go_together_is_refused_before_training(
         assert main(["train", name, *run_folder, *words]) == 2, name
         assert message in capsys.readouterr().err
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_pictures_without_a_label_train_and_are_measured_without_neighbours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run_folder = str(tmp_path / "run")
+    words = ["--data.label", "nothing", "--run", run_folder, *SHORT]
+    assert main(["train", "supcon-glyphs", *words]) == 2
+    assert "32 of 32 have none in the field of data.label" in capsys.readouterr().err
+    run(capsys, ["train", "simclr-glyphs", *words])  # a run that had no step leaves room for another
+    assert "nearest neighbours are not measured by nothing" in caplog.text
+    figures = run(capsys, ["evaluate", run_folder, "--label", "script", "--k", "3"])
+    assert figures["classes"] == 3
+
+
+def test_a_shard_of_pictures_in_a_format_that_is_not_read_is_none_of_texts(tmp_path: Path) -> None:
+    from clipkit_data.shards.scan import scan_shard
+
+    for members, samples in ((("tif", "txt"), 0), (("txt", "json"), 2), (("mp4", "jpg", "txt"), 2)):
+        path = tmp_path / f"{'-'.join(members)}.tar"
+        with path.open("wb") as file, TarWriter(file, encoder=False) as writer:
+            for key in ("a", "b"):
+                writer.write({"__key__": key} | dict.fromkeys(members, b"{}"))
+        assert len(scan_shard(path).samples) == samples, members
+
+
+def test_what_is_no_yaml_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "simclr-glyphs", "--step.temperature", "[1"]) == 2
+    assert "--step.temperature: '[1' is no YAML" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("model: abc\nmax_steps: 1\ndata: {train: x}\n")
+    assert main(["train", str(tmp_path / "bad.yaml")]) == 2
+    assert "model" in capsys.readouterr().err

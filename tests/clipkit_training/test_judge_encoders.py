@@ -305,8 +305,12 @@ def test_a_model_without_a_run_needs_to_be_told(
     name, (train, heldout) = str(tmp_path / "alone/model"), ([data.paths[0]] for data in shards)
     with pytest.raises(ConfigError, match=r"no held-out data is known \(give --data\)"):
         judge_encoder(name)
-    with pytest.raises(ConfigError, match=r"no label is known \(give --label\)"):
-        judge_encoder(name, data=heldout, train_data=train)
+    with pytest.raises(ConfigError, match=r"no training data is known \(give --train-data\)"):
+        judge_encoder(name, data=heldout, label="hue")
+    shape = judge_encoder(name, data=heldout)
+    assert {"rankme", "embedding_std", "uniformity"} <= set(shape), "these need no label"
+    assert "knn" not in shape
+    assert set(shape["untrained"]) == set(shape) - {"model", "untrained"}
     found = judge_encoder(name, data=heldout, train_data=train, label="hue", shares=(10,), baselines=False)
     assert found["finetune_10pct"] > 0.5, "chance is 0.25"
     assert resolve_shards(heldout[0])

@@ -67,7 +67,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="RUN_OR_MODEL", help="a run or model folder, open_clip:NAME/TAG or hf:NAME"
     )
     parser.add_argument(
-        "--data", default=[], action="append", metavar="PATH", help="held-out shards (encoders: the run's)"
+        "--data", default=[], action="append", metavar="PATH", help="held-out shards (default: the run's)"
     )
     parser.add_argument(
         "--gallery", default=[], action="append", metavar="PATH", help="shards that widen the gallery"
@@ -121,6 +121,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> int | None:
     from clipkit_training.evaluate import evaluate_model
     from clipkit_training.judge.encoders import encoder_table, find_run, is_encoder, judge_encoder
+    from clipkit_training.recipe import load_recipe
+    from clipkit_training.run import CONFIG
 
     if args.label or is_encoder(args.model):
         with progress("evaluating") as bar:
@@ -140,12 +142,15 @@ def _evaluate(args: argparse.Namespace) -> int | None:
         else:
             print_table(*encoder_table(result))
         return None
-    if not args.data:
+    model, run = find_run(args.model)
+    heldout = load_recipe(str(run / CONFIG)).data.heldout if run and not args.data else None
+    data = args.data or ([heldout] if heldout else [])
+    if not data:
         raise ConfigError(f"{args.model}: give --data, the shards to query with")
     with progress("evaluating") as bar:
         result = evaluate_model(
-            find_run(args.model)[0],
-            args.data,
+            model,
+            data,
             gallery=args.gallery,
             untrained=args.untrained,
             zero_shot_field=args.zero_shot,
@@ -161,7 +166,7 @@ def _evaluate(args: argparse.Namespace) -> int | None:
 evaluate = Command(
     help="measure what a model is worth: retrieval and zero-shot accuracy, or neighbours and probes",
     examples="""  clipkit evaluate runs/simclr
-  clipkit evaluate runs/simclr --label family --finetune 1 10 --json
+  clipkit evaluate runs/simclr --label script --finetune 1 10 --json
   clipkit evaluate demo/model --data sample:emoji/heldout --gallery sample:emoji/train
   clipkit evaluate open_clip:ViT-B-32/laion2b_s34b_b79k --data my/shards --json""",
     arguments=_evaluate_arguments,

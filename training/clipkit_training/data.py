@@ -44,6 +44,8 @@ class TrainingData:
     def __init__(self, recipe: Recipe, model: DualEncoder | Encoder, world: World) -> None:
         self.recipe, self.model, self.world = recipe, model, world
         data = recipe.data
+        if data.load_size is not None and data.views is None:
+            raise ConfigError("data.load_size is for views, which have a size of their own: give data.views")
         self.content = content_of(model, data.load_size)
         pictures = isinstance(self.content, Pictures | Clips)
         if data.views is not None and not pictures:

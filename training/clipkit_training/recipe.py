@@ -34,7 +34,7 @@ OPEN = (
 
 
 def _kind_of_model(value: Any) -> str:
-    fields = value if isinstance(value, dict) else type(value).model_fields
+    fields = value if isinstance(value, dict) else getattr(type(value), "model_fields", {})
     return "<encoder>" if "tower" in fields or "modality" in fields else "<pair>"
 
 
@@ -216,8 +216,13 @@ def _set_open(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
         place = values
         for part in path:
             inner = place.get(part)
+            if not isinstance(inner, str | dict | None):
+                raise ConfigError(f"--{name}: {part} is {inner!r} and has no fields")
             # `step: simclr` is short for `step: {name: simclr}`
             place[part] = {"name": inner} if isinstance(inner, str) else dict(inner or {})
             place = place[part]
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{name}: {value!r} is no YAML") from error
     return rest

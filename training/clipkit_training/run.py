@@ -53,7 +53,7 @@ def train_recipe(
     world.barrier()
     if resume:
         _check_same_run(recipe, run)
-    elif (run / CONFIG).exists():
+    elif (run / CONFIG).exists() and _began(run):
         raise ArtifactError(f"{run} already holds a run", hint="add --resume, or choose another --run")
     _check_model_folder(model_folder, replace=resume)
     trainer = Trainer(recipe, run, world)
@@ -81,6 +81,12 @@ def train_recipe(
             atomic_write(run / "result.json", json.dumps(result, indent=2) + "\n")
         world.barrier()
     return result
+
+
+def _began(run: Path) -> bool:
+    """Whether a run got as far as its first step."""
+    metrics = run / "metrics.jsonl"
+    return (run / "checkpoints").exists() or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 @contextmanager

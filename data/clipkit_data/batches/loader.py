@@ -58,7 +58,7 @@ class TrainBatches:
         pin_memory: Page-locked batches, for copies to a GPU.
         max_bad: Largest share of samples that may turn out bad.
         known_bad: Bad samples that an earlier part of the run found.
-        label: Metadata field that says of which class a sample is; a sample without it is bad.
+        label: Metadata field that says of which class a sample is; a sample without it has one of its own.
         more_captions: Further caption fields that are tokenized; a sample without one is bad.
 
     Attributes:

@@ -56,7 +56,8 @@ class Batch:
         faults: Samples that were replaced by spares.
         views: Each view of the pictures, uint8 (B, 3, S', S'), where views were asked for.
         index: int64 (B,), each sample's position in all sources joined; (0,) in a stream.
-        labels: int64 (B,), equal for equal values of the label field (`label_id`); (0,) without one.
+        labels: int64 (B,), equal for equal values of the label field (`label_id`), negative where a sample
+            has none; (0,) where no field was named.
         more_ids: Token ids of each further caption field, int64 (B, L').
     """
 
@@ -148,11 +149,12 @@ class BatchMaker:
     ) -> None:
         self.content, self.label = content, label
         self.more_captions = [CaptionSampler({name: 1.0}) for name in more_captions]
-        fields = [*([label] if label else []), *more_captions]
         self.plan, self.tokenizer, self.captions = plan, tokenizer, captions
         self.crop, self.config, self.seed, self.trim, self.ahead = crop, augment, seed, trim, ahead
         self.sources = [
-            Samples(dataset, content, captions=tokenizer is not None, fields=fields, cache=cache)
+            Samples(
+                dataset, content, captions=tokenizer is not None, more_captions=more_captions, cache=cache
+            )
             for dataset in datasets
         ]
         self._first = [0, *accumulate(len(dataset) for dataset in datasets)]
@@ -179,7 +181,7 @@ class BatchMaker:
             ids.append(found)
             positions.append(self._first[int(places.source[row])] + position)
         id_B = np.array(ids, dtype=np.int64)
-        labels = [label_id(record.meta[self.label]) for record in records] if self.label else []
+        labels = [label_id(r.meta.get(self.label), id_) for r, id_ in zip(records, ids, strict=True)]
         batch = Batch(
             images=self.content.stack(images),
             ids=self._tokens(records, places.epoch, id_B),
@@ -189,7 +191,7 @@ class BatchMaker:
             first=self.part.start,
             faults=tuple(faults),
             index=torch.tensor(positions, dtype=torch.int64),
-            labels=torch.tensor(labels, dtype=torch.int64),
+            labels=torch.tensor(labels if self.label else [], dtype=torch.int64),
             more_ids=tuple(
                 self._encode(draw_captions(sampler, records, self.seed, places.epoch, id_B))
                 for sampler in self.more_captions
@@ -230,8 +232,8 @@ class BatchMaker:
             if not isinstance(found, SampleFault):
                 return *found, (number << _SOURCE_BITS) | source.dataset.sample_id(spare), spare
         raise DataError(
-            f"{MAX_SPARES} samples in a row cannot be read; the last: {found.key}: {found.detail}",
-            hint="run `clipkit shards check` on the shards",
+            f"{MAX_SPARES} samples in a row cannot be used; the last: {found.detail}",
+            hint="is this the data that the recipe is for? `clipkit shards check` looks for damage",
         )
 
     def _tokens(self, records: Sequence[Record], epoch_B: np.ndarray, id_B: np.ndarray) -> Tensor:
@@ -259,8 +261,10 @@ class BatchMaker:
         return torch.stack([self._texts[text] for text in texts])
 
 
-def label_id(value: Any) -> int:
-    """A label as a number in [0, 2^63): equal for equal text, and else almost never."""
+def label_id(value: Any, sample_id: int) -> int:
+    """A label as a number in [0, 2^63): equal for equal text, and else almost never; no label is −1 − id."""
+    if value in (None, ""):
+        return ~sample_id
     digest = hashlib.blake2b(str(value).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 

@@ -18,6 +18,7 @@ from clipkit.errors import DataError, ImageError
 from clipkit.images import Preprocess
 from clipkit_data.batches.content import Content, content_for
 from clipkit_data.batches.workers import in_workers
+from clipkit_data.captions import field_text
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.lines import LineDataset
 from clipkit_data.records import Record, RecordError, SampleFault
@@ -34,7 +35,7 @@ class Samples:
         dataset: The samples; a `ShardDataset` or another source of records.
         content: How the content is read.
         captions: Whether an empty caption is a fault.
-        fields: Metadata fields that a sample must have.
+        more_captions: Metadata fields that must hold a text.
         cache: Keep what was decoded (without the encoded bytes).
     """
 
@@ -44,11 +45,11 @@ class Samples:
         content: Content,
         *,
         captions: bool,
-        fields: Sequence[str] = (),
+        more_captions: Sequence[str] = (),
         cache: bool = False,
     ) -> None:
         self.dataset, self.content = dataset, content
-        self.captions, self.fields, self.cache = captions, fields, cache
+        self.captions, self.more_captions, self.cache = captions, more_captions, cache
         self._kept: dict[int, tuple[Any, Record]] = {}
         self._bad: dict[int, SampleFault] = {}
 
@@ -67,9 +68,9 @@ class Samples:
             record = self.dataset[position]
             if self.captions and not record.caption:
                 raise RecordError(f"{record.key}: the caption is empty", "empty caption")
-            for field in self.fields:
-                if record.meta.get(field) in (None, "", []):
-                    raise RecordError(f"{record.key}: the field {field!r} is empty", f"no {field}")
+            for name in self.more_captions:
+                if not field_text(record.meta.get(name), 0):
+                    raise RecordError(f"{record.key}: the field {name!r} is empty", f"no {name}")
             found = self.content.load(record, crop), replace(record, image=b"", frames=())
         except (ImageError, RecordError) as error:
             reason = picture_reason(error) if isinstance(error, ImageError) else error.reason

@@ -19,7 +19,7 @@ from clipkit_data.remote.retry import Retry
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 CLIP_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")
 GRAPH_EXTENSION = "graph.npz"
-_WHOLE = (*IMAGE_EXTENSIONS, *CLIP_EXTENSIONS, GRAPH_EXTENSION)
+TEXT_EXTENSIONS = frozenset(("txt", "json", "cls"))  # all that a sample of text alone may have
 _FRAME = re.compile(rf"([0-9]+)\.(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 RETRY = Retry()
@@ -44,14 +44,19 @@ class Sample:
 
 
 def contents_of(extensions: Iterable[str]) -> list[list[str]]:
-    """Each content among the members of a sample: a picture, a clip, a graph, or all numbered frames.
+    """Each content among the members of a sample: a picture, a clip, all numbered frames, or a graph.
 
-    A sound sample has one. `key.0.jpg, key.1.jpg, …` are the frames of one clip, in the order of numbers.
+    A sound sample has one. `key.0.jpg, key.1.jpg, …` are the frames of one clip, in the order of numbers. Of
+    several kinds the first in this order counts: a picture may have a clip or numbered extras beside it.
     """
     extensions = list(extensions)
+    for kind in (IMAGE_EXTENSIONS, CLIP_EXTENSIONS):
+        if found := [[name] for name in extensions if name in kind]:
+            return found
     numbers = {name: int(match[1]) for name in extensions if (match := _FRAME.fullmatch(name))}
-    frames = sorted(numbers, key=lambda name: numbers[name])
-    return [[name] for name in extensions if name in _WHOLE] + ([frames] if frames else [])
+    if numbers:
+        return [sorted(numbers, key=lambda name: numbers[name])]
+    return [[name] for name in extensions if name == GRAPH_EXTENSION]
 
 
 def to_record(id_: tuple[int, int], key: str, members: Mapping[str, bytes], where: str) -> Record:

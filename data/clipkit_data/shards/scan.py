@@ -18,7 +18,7 @@ from clipkit.errors import DataError, ImageError, NotFoundError
 from clipkit.files import sha256_file
 from clipkit_data.records import RecordError, parse_caption, parse_meta
 from clipkit_data.shards.counts import count_faults, read_stats
-from clipkit_data.shards.sample import Sample, Span, contents_of, is_picture, read_sample
+from clipkit_data.shards.sample import TEXT_EXTENSIONS, Sample, Span, contents_of, is_picture, read_sample
 from clipkit_data.shards.tar import Damage, Member, scan_tar
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
@@ -111,7 +111,7 @@ def scan_shard(path: Path | str, name: str | None = None) -> ShardIndex:
     index.groups = len(groups)
     extensions = {extension for group in groups for extension in group.members}
     usual = {frozenset(group.members) for group in groups if not (group.broken or group.touched)}
-    text_alone = not any(contents_of(group.members) for group in groups)
+    text_alone = all(group.members.keys() <= TEXT_EXTENSIONS for group in groups)
     found = [_sample(group, extensions, usual, index, text_alone) for group in groups]
     index.samples = [sample for sample in found if sample is not None]
     index.faults.sort(key=lambda fault: fault.offset or 0)
@@ -174,7 +174,8 @@ def _sample(
 ) -> Sample | None:
     """The group as a sample, or None and a fault when its content or caption is missing.
 
-    The content is a picture, a clip or a graph. A shard without any of these (`text_alone`) is one of texts.
+    The content is a picture, a clip or a graph. A shard of `.txt` with `.json` or `.cls` alone (`text_alone`)
+    is one of texts.
 
     Captions and `.json` are missed only where some sample of the shard (`extensions`) has them. Beside a
     lost member a sample counts as whole only when an untouched one (`usual`) has the same extensions.

@@ -10,12 +10,17 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from clipkit.errors import ArtifactError
+
 MAKERS = {
     "moving": ("clipkit_data.tools.moving", "write_moving_shards", 1),
     "families": ("clipkit_data.tools.graphs", "write_families", 1),
     "digits": ("clipkit_data.tools.digits", "write_digit_shards", 1),
 }
-"""By name: the module and the function that writes the sample, and the version of what it writes."""
+"""By name: the module and the function that writes the sample, and the version of what it writes.
+
+Raise the version when anything changes the samples: a cache may hold the old ones.
+"""
 
 
 def drawn_sample(name: str) -> Path:
@@ -31,7 +36,12 @@ def drawn_sample(name: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipkit" / "samples"
     folder = cache / f"{name}-{version}"
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"{cache}: cannot be made: {error.strerror}", hint="name another folder in XDG_CACHE_HOME"
+            ) from error
         with FileLock(f"{folder}.lock"):  # another process may be drawing it
             if not folder.is_dir():
                 write: Callable[[Path], object] = getattr(import_module(module), function)

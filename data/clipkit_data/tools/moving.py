@@ -33,7 +33,6 @@ FRAMES, SIDE, PER_SHARD = 8, 32, 1000
 TRAINED, HELDOUT = 300, 40
 GROUPS = ("Animals & Nature", "Food & Drink", "Activities", "Travel & Places", "Objects")
 SPLITS = ("train", "recombined", "heldout")
-VERSION = 1  # of the samples in the user's cache: raise it when anything here changes the pictures
 
 
 @dataclass(frozen=True, slots=True)

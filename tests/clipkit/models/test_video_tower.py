@@ -113,7 +113,7 @@ def test_gradients_reach_every_parameter_and_every_frame(pool: str) -> None:
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_saved_model_of_clips_is_the_same_again(pool: str, tmp_path: Path) -> None:
     model = build_model(config(pool), seed=0).eval()
-    assert model.config.image["image"] == {**CNN, "groups": 8}
+    assert model.config.image["image"] == {**CNN, "groups": 8, "norm": "group"}
     assert model.config.image["layers"] == 1
     save_model(model, tmp_path / "model")
     again = load_model(tmp_path / "model")

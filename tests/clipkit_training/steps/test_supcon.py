@@ -22,7 +22,7 @@ from tests.clipkit_training.steps.support import (
     widened,
 )
 
-LABELS = [3, 1, 3, 3, -5, 1]  # one of them alone
+LABELS = [3, 1, 3, 3, 5, 1]  # one of them alone
 
 
 def make(tower: str = "batch_norm", **options: Any) -> SupConStep:
@@ -69,3 +69,5 @@ def test_fault_20_no_temperature_rescales_the_loss_and_a_label_alone_is_no_nan(t
 def test_missing_labels_are_reported() -> None:
     with pytest.raises(InputError, match=r"needs a label for each picture, 4 pictures have 0 .*data.label"):
         make("group_norm")(random_batch(4))
+    with pytest.raises(InputError, match=r"1 of 4 have none in the field of data.label"):
+        make("group_norm")(random_batch(4, labels=[1, ~7, 1, 2]))

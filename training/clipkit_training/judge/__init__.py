@@ -4,14 +4,17 @@
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from clipkit.errors import DataError
 from clipkit.models import DualEncoder, Encoder
 from clipkit_data.batches.pairs import EvalBatches, Pairs
 from clipkit_data.batches.reads import content_of
+from clipkit_data.records import Record
 from clipkit_data.sources import is_streamed, open_dataset
 from clipkit_training.evaluate import live_report
+from clipkit_training.judge.labels import code_labels, label_text
 from clipkit_training.judge.report import report_live
 from clipkit_training.recipe import Recipe
 
@@ -47,9 +50,9 @@ def _pair_judge(recipe: Recipe, model: DualEncoder) -> Judge:
 def _encoder_judge(recipe: Recipe, model: Encoder) -> Judge:
     data, label = recipe.data, recipe.data.label
     train = [spec for spec in data.sources or [data.train] if not is_streamed(spec)]
-    label = label if train else None
     known = [batch for spec in train for batch in _read(recipe, model, spec, LIVE)] if label else []
     heldout = _read(recipe, model, str(data.heldout), LIVE)
+    label = label if label and _comparable(known, heldout, label) else None
     views = data.make_views(model.preprocess.size)
 
     def judge() -> tuple[dict[str, Any], str]:
@@ -60,6 +63,22 @@ def _encoder_judge(recipe: Recipe, model: Encoder) -> Judge:
         return figures, f"held-out {knn}rankme {figures['rankme']:.1f}"
 
     return judge
+
+
+def _comparable(known: Sequence[Pairs], heldout: Sequence[Pairs], label: str) -> bool:
+    """Whether neighbours can vote on the labels; says why not."""
+    try:
+        code_labels(
+            *([_label(r, label) for part in parts for r in part.records] for parts in (known, heldout))
+        )
+    except DataError as error:
+        log.warning("nearest neighbours are not measured by %s: %s", label, error.message)
+        return False
+    return True
+
+
+def _label(record: Record, label: str) -> str:
+    return label_text(record.meta.get(label)) or ""
 
 
 def _read(recipe: Recipe, model: DualEncoder | Encoder, spec: str, limit: int | None = None) -> list[Pairs]:

@@ -7,11 +7,13 @@ from typing import Any
 from clipkit.errors import ConfigError
 from clipkit.files import read_manifest
 from clipkit.models import Encoder, load_encoder
-from clipkit_data.batches.pairs import Dataset
+from clipkit_data.batches.pairs import Dataset, EvalBatches
+from clipkit_data.batches.reads import content_of
 from clipkit_data.dataset import ShardDataset
+from clipkit_data.pictures.views import ViewsConfig
 from clipkit_data.sources import is_streamed, open_dataset, resolve_shards
 from clipkit_training.judge.features import untrained
-from clipkit_training.judge.report import report_encoder
+from clipkit_training.judge.report import report_encoder, report_live
 from clipkit_training.judge.sentences import read_scored_pairs, sts
 from clipkit_training.recipe import Recipe, load_recipe
 
@@ -67,7 +69,7 @@ def judge_encoder(
         advance: Called with the number of samples done.
 
     Returns:
-        `{"model": name, …}` and what `report_encoder` gives.
+        `{"model": name, …}` and what `report_encoder` gives; without a label what needs none.
 
     Raises:
         ConfigError: Data or label are neither given nor known from a run.
@@ -76,6 +78,12 @@ def judge_encoder(
     recipe = load_recipe(str(run / _CONFIG)) if run else None
     label = label or (recipe.data.label if recipe else None)
     train_data, data = _sources(recipe, train_data, data)
+    encoder, seed = load_encoder(model, device), recipe.seed if recipe else 0
+    views = recipe.data.make_views(encoder.preprocess.size) if recipe else None
+    if not label and (pairs or data):
+        kinds = {"": encoder} | ({"untrained": untrained(encoder, seed)} if baselines else {})
+        found = {kind: _without_label(judged, data, pairs, views, seed) for kind, judged in kinds.items()}
+        return {"model": name} | found.pop("") | found
     for what, given, option in (
         ("held-out data", data, "--data"),
         ("training data", train_data, "--train-data"),
@@ -84,14 +92,13 @@ def judge_encoder(
         if not given:
             raise ConfigError(f"{name}: no {what} is known", hint=f"give {option}")
     assert label is not None
-    encoder, seed = load_encoder(model, device), recipe.seed if recipe else 0
     report = report_encoder(
         encoder,
         _open(train_data),
         _open(data),
         label=label,
         ks=ks,
-        views=recipe.data.make_views(encoder.preprocess.size) if recipe else None,
+        views=views,
         baselines=baselines,
         shares=shares,
         seed=seed,
@@ -121,6 +128,18 @@ def _open(specs: Sequence[str]) -> Dataset:
     return ShardDataset([path for spec in specs for path in resolve_shards(spec)])
 
 
+def _without_label(
+    encoder: Encoder, data: Sequence[str], pairs: Sequence[str], views: ViewsConfig | None, seed: int
+) -> dict[str, Any]:
+    """The shape of the features of held-out samples, and scored pairs."""
+    figures: dict[str, Any] = {}
+    if data:
+        texts = encoder.modality == "text"
+        batches = list(EvalBatches(_open(data), content_of(encoder), captions=texts))
+        figures |= report_live(encoder, [], batches, label=None, views=views, seed=seed)
+    return figures | (_sts(encoder, pairs) if pairs else {})
+
+
 def _sts(encoder: Encoder, files: Sequence[str]) -> dict[str, float]:
     """Spearman's correlation for files of scored sentence pairs: "sts", the mean, and each of several."""
     found = sts(encoder, {Path(file).stem: read_scored_pairs(file) for file in files})
@@ -141,7 +160,8 @@ def encoder_table(result: dict[str, Any]) -> tuple[list[list[Any]], list[str]]:
     skip = {"model", "faults", *kinds, *_FACTS, *spreads}
     names = [name for name in result if name not in skip]
     rows = [[name, *(_cell(figures, name) for figures in kinds.values())] for name in names]
-    rows += [[name, str(result[name]), *("" for _ in list(kinds)[1:])] for name in _FACTS]
+    facts = [name for name in _FACTS if name in result]
+    rows += [[name, str(result[name]), *("" for _ in list(kinds)[1:])] for name in facts]
     for reason, count in result.get("faults", {}).items():
         rows.append([f"left out: {reason}", str(count), *("" for _ in list(kinds)[1:])])
     return rows, ["", *kinds]

@@ -18,7 +18,8 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor
 
 from clipkit.errors import DataError, InputError
-from clipkit.models import Encoder, build_model
+from clipkit.models import Encoder
+from clipkit.models.build import new_encoder
 from clipkit_data.batches.pairs import Pairs
 from clipkit_data.pictures.augment import augment
 from clipkit_data.pictures.views import ViewSpec
@@ -136,7 +137,7 @@ def encoded(encoder: Encoder, view: tuple[int, ViewSpec] | None = None, seed: in
 
 def untrained(encoder: Encoder, seed: int) -> Encoder:
     """The same encoder with new weights, where the first one is."""
-    return build_model(encoder.config, seed=seed).to(encoder.device).eval()
+    return new_encoder(encoder.config, seed, encoder.tokenizer).to(encoder.device).eval()
 
 
 def raw(encoder: Encoder) -> FeaturesOf:

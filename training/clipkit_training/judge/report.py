@@ -6,6 +6,8 @@ beside theirs, on the same samples, by the same probe.
 Shapes: N samples, D features.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,8 +26,9 @@ from clipkit_training.judge.features import Features, FeaturesOf, encoded, raw, 
 from clipkit_training.judge.finetune import finetune
 from clipkit_training.judge.labels import code_labels
 from clipkit_training.judge.linear import logistic_probe
-from clipkit_training.judge.svm import svm_accuracy
+from clipkit_training.judge.svm import FOLDS, svm_accuracy
 
+log = logging.getLogger("clipkit_training")
 _DIGITS = 4
 _FEW = {"linear_1pct": 0.01, "linear_10pct": 0.1}
 _DRAWS = 3
@@ -216,6 +219,9 @@ def same_label_pairs(labels: Sequence[str]) -> tuple[list[int], list[int]]:
 
 def _svm(train: Features, heldout: Features, seeds: Sequence[int]) -> dict[str, Any]:
     labels = [*train.labels, *heldout.labels]
+    if min(Counter(labels).values()) < FOLDS:
+        log.warning("no SVM: it needs %d samples of each class", FOLDS)
+        return {}
     found = svm_accuracy(torch.cat([train.x_ND, heldout.x_ND]), labels, seeds=seeds)
     return {"svm": found["accuracy"], "svm_std": found["std"]}
 

@@ -17,12 +17,14 @@ from clipkit.errors import InputError
 
 CS = tuple(10.0**power for power in range(-3, 4))
 
+FOLDS = 10
+
 
 def svm_accuracy(
     x_ND: Any,
     labels: Sequence[str],
     *,
-    folds: int = 10,
+    folds: int = FOLDS,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     cs: Sequence[float] = CS,
     jobs: int = 1,

@@ -55,6 +55,12 @@ class SupConStep(SimCLRStep):
                 f"{len(batch.labels)}",
                 hint="set data.label to a field of the samples' metadata",
             )
+        if bool((batch.labels < 0).any()):
+            raise InputError(
+                f"step: supcon needs a label for each picture, {int((batch.labels < 0).sum())} of "
+                f"{len(batch.labels)} have none in the field of data.label",
+                hint="`clipkit shards filter` drops them, or name another field",
+            )
         labels_2N = batch.labels.repeat(2)
         return labels_2N, unique_ids(len(labels_2N), self.group, labels_2N.device)
 
