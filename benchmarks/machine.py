@@ -78,6 +78,8 @@ def extra_memory(step: Callable[[], object], device: str = "cpu") -> int | None:
     That costs time: call `keep_freed_memory` before taking any.
     """
     gc.collect()
+    with suppress(OSError, AttributeError):  # what earlier calls freed would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)
     if device == "cuda":
         import torch
 

@@ -23,9 +23,11 @@ from clipkit_data.pictures.views import family, make_views
 from clipkit_data.records import Record
 from clipkit_data.sources import resolve_shards
 from clipkit_training.judge.encoders import encoder_table, find_run, is_encoder, judge_encoder
-from clipkit_training.judge.features import encoded, raw, read_features, untrained
+from clipkit_training.judge.features import encoded, read_features, untrained
 from clipkit_training.judge.finetune import finetune
-from clipkit_training.judge.report import report_encoder, report_live, same_label_pairs
+from clipkit_training.judge.live import report_live, same_label_pairs
+from clipkit_training.judge.raw import raw
+from clipkit_training.judge.report import report_encoder
 
 SIDE = 16
 HUES = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200), "grey": (110, 110, 110)}

@@ -15,7 +15,7 @@ from clipkit_data.records import Record
 from clipkit_data.sources import is_streamed, open_dataset
 from clipkit_training.evaluate import live_report
 from clipkit_training.judge.labels import code_labels, label_text
-from clipkit_training.judge.report import report_live
+from clipkit_training.judge.live import report_live
 from clipkit_training.recipe import Recipe
 
 log = logging.getLogger("clipkit_training")

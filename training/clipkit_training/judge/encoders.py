@@ -13,7 +13,8 @@ from clipkit_data.dataset import ShardDataset
 from clipkit_data.pictures.views import ViewsConfig
 from clipkit_data.sources import is_streamed, open_dataset, resolve_shards
 from clipkit_training.judge.features import untrained
-from clipkit_training.judge.report import report_encoder, report_live
+from clipkit_training.judge.live import report_live
+from clipkit_training.judge.report import report_encoder
 from clipkit_training.judge.sentences import read_scored_pairs, sts
 from clipkit_training.recipe import Recipe, load_recipe
 

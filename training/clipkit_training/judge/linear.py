@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from clipkit.errors import InputError
@@ -82,6 +83,7 @@ def _standardised(train_ND: Tensor, heldout_ND: Tensor) -> tuple[np.ndarray, np.
     return train.astype(np.float32), heldout.astype(np.float32)
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # its many small products wait for each other in threads
 def _logistic(
     x_ND: np.ndarray, label_N: np.ndarray, heldout_ND: np.ndarray, cs: Sequence[float], seed: int
 ) -> np.ndarray:
