@@ -1,6 +1,6 @@
 """Self-supervised training: accuracy, speed and memory, clipkit beside lightly's building blocks.
 
-    python benchmarks/methods.py --plot methods.svg          # some forty minutes on two cores
+    python benchmarks/methods.py --plot methods.svg          # half an hour on two cores
     python benchmarks/methods.py --quick                     # two minutes
 
 SimCLR, MoCo v2, BYOL and SimSiam on the characters that ship with clipkit, and on scikit-learn's digits. Both
@@ -241,7 +241,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--data", nargs="+", choices=("glyphs", "digits"), default=["glyphs", "digits"])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0, help="loader processes, of both sides")

@@ -21,6 +21,7 @@ from clipkit_training.study import (
     RESULTS,
     SMALL,
     TRANSFORMS,
+    Cell,
     augmentation_cells,
     averages,
     base_of,
@@ -137,10 +138,16 @@ def test_a_run_that_was_stopped_is_trained_to_its_end(base: Recipe, tmp_path: Pa
 
 
 def test_a_failed_cell_leaves_the_others_in_the_results(base: Recipe, tmp_path: Path) -> None:
-    cells = head_cells(["linear", "no-such-head"], [8])
-    with pytest.raises(ConfigError, match="head"):
+    cells = [*head_cells(["linear"], [8]), Cell("far", "", "", {"optim.lr": 1e30, "optim.warmup_steps": 0})]
+    with pytest.raises(ClipkitError, match="the loss is nan"):
         run_study(base, cells, tmp_path / "study")
     assert [row["cell"] for row in read_results(tmp_path / "study")] == ["untrained", "linear-8"]
+
+
+def test_an_impossible_cell_is_refused_before_anything_is_written(base: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="head"):
+        run_study(base, head_cells(["linear", "no-such-head"], [8]), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
 
 
 def test_heads_and_widths_are_compared(clipkit_study: Run, tmp_path: Path) -> None:

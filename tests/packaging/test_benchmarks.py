@@ -1,4 +1,4 @@
-"""The benchmarks of the losses run, print their tables, and agree with one process."""
+"""The benchmarks run, and print their tables."""
 
 import json
 import subprocess
@@ -62,6 +62,21 @@ def test_loaders_beside_webdataset_and_a_peer_that_is_not_installed(tmp_path: Pa
     assert levels["largest"] <= 2
     assert levels["beyond one"] <= 8  # of 150,528 values in each
     assert levels["share"] < 0.01
+    assert "<svg" in plot.read_text()
+
+
+def test_methods_beside_lightly(tmp_path: Path) -> None:
+    path, plot = tmp_path / "runs.json", tmp_path / "plot.svg"
+    small = ["--methods", "moco_v2", "--data", "digits", "--seeds", "1", "--steps", "3", "--batch", "32"]
+    files = ["--json", str(path), "--plot", str(plot)]
+    printed = run(str(BENCHMARKS / "methods.py"), *small, "--threads", "1", *files)
+    assert "| digits | moco_v2 | lightly |" in printed
+    found = json.loads(path.read_text())
+    assert [row["side"] for row in found["rows"]] == ["clipkit", "lightly"]
+    for row in found["rows"]:
+        assert row["samples/s"] > 0
+        assert 0 < row["knn"] <= 1
+    assert found["runs"][0]["raw"]["knn"] > 0.9, "digits are easy"
     assert "<svg" in plot.read_text()
 
 

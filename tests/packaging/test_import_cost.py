@@ -18,6 +18,7 @@ HEAVY = (
     "open_clip",
     "timm",
     "faiss",
+    "sklearn",
     "fastapi",
     "uvicorn",
     "webdataset",
@@ -68,6 +69,11 @@ def test_import_clipkit() -> None:
     _, heavy, _, seconds = in_a_fresh_process("__import__('clipkit') and 0")
     assert heavy == []
     assert seconds < 5
+
+
+def test_a_training_loads_no_library_of_other_methods() -> None:
+    _, heavy, _, _ = in_a_fresh_process("__import__('clipkit_training.loop') and 0")
+    assert not {"torchvision", "transformers", "open_clip", "timm", "faiss", "fastapi", "sklearn"} & {*heavy}
 
 
 def test_overview_names_every_command() -> None:

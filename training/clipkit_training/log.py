@@ -16,12 +16,14 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from clipkit.cli.output import Task, progress
 from clipkit.files import atomic_write
 
+METRICS = "metrics.jsonl"
+
 
 class RunLog:
     """Writes a run's records. Use as `with RunLog.open(run, first_step) as log`."""
 
     def __init__(self, run: Path, first_step: int, bar: Task) -> None:
-        self._path = run / "metrics.jsonl"
+        self._path = run / METRICS
         self._truncate(first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
@@ -58,7 +60,7 @@ class RunLog:
         row = {"kind": kind, "step": step, "time": round(time.time(), 3), **record}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in _flat(record):
+        for name, value in flat(record):
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def _truncate(self, first_step: int) -> None:
@@ -79,9 +81,10 @@ def _upto(line: str, step: int) -> bool:
         return False
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record, those of records inside it under `outer/inner`."""
     for name, value in record.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
+            yield from flat(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
             yield f"{prefix}{name}", value

@@ -17,6 +17,7 @@ from clipkit.files import atomic_write, read_manifest
 from clipkit.models import save_model
 from clipkit_data.remote.retry import shown
 from clipkit_training.evaluate import shard_digests
+from clipkit_training.log import METRICS
 from clipkit_training.loop import Trainer
 from clipkit_training.recipe import Recipe
 from clipkit_training.world import World
@@ -85,7 +86,7 @@ def train_recipe(
 
 def _began(run: Path) -> bool:
     """Whether a run got as far as its first step."""
-    metrics = run / "metrics.jsonl"
+    metrics = run / METRICS
     return (run / "checkpoints").exists() or (metrics.is_file() and metrics.stat().st_size > 0)
 
 

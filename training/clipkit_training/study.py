@@ -31,8 +31,10 @@ from clipkit_data.sources import resolve_shards
 from clipkit_training.judge.features import Features, encoded, read_features
 from clipkit_training.judge.labels import code_labels
 from clipkit_training.judge.linear import sgd_probe
+from clipkit_training.log import METRICS
 from clipkit_training.recipe import Recipe
 from clipkit_training.run import CONFIG, train_recipe
+from clipkit_training.steps import step_of
 from clipkit_training.world import pick_device, world_from_environment
 
 RESULTS = "results.jsonl"
@@ -184,8 +186,11 @@ def run_study(
         "linear", "knn", "loss", "embedding_std", "steps", "seconds"}`.
 
     Raises:
-        ConfigError: The folder holds a study of another recipe.
+        ConfigError: The folder holds a study of another recipe, or a cell has options that there are not.
     """
+    cells = list(cells)
+    for cell in cells:
+        step_of(changed(base, cell.changes).step)  # what cannot be trained is said before anything is written
     _check_same_study(base, out)
     rows = read_results(out)
     done = {(row["cell"], row["seed"]) for row in rows}
@@ -236,7 +241,7 @@ def _row(recipe: Recipe, cell: Cell, runs: Path) -> dict[str, Any]:
         with world_from_environment(recipe.device) as world:
             train_recipe(recipe, run, world, resume=(run / CONFIG).is_file())
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    last = json.loads((run / METRICS).read_text(encoding="utf-8").splitlines()[-1])
     trained = {"loss": last["loss"], "embedding_std": last.get("embedding_std")}
     cost = {key: result[key] for key in ("steps", "seconds")}
     return described | judged(load_encoder(run / "model"), recipe) | trained | cost

@@ -101,9 +101,9 @@ def _heads(args: argparse.Namespace) -> None:
 
 
 def _base(args: argparse.Namespace) -> "Recipe":
+    from clipkit_training.figures import new_figure
     from clipkit_training.recipe import load_recipe
     from clipkit_training.study import SMALL, base_of
-    from clipkit_training.study_plots import new_figure
 
     new_figure(1, 1)  # without matplotlib say so now, not after the training
     if args.steps is not None and args.steps < 1:

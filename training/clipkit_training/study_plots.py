@@ -1,31 +1,15 @@
-"""Pictures of studies: a heat map of pairs, and bars of heads and widths, each as PNG and as SVG.
-
-Drawn with matplotlib, without its global state; it comes with `pip install clipkit[plots]`.
+"""Pictures of studies: a heat map of pairs, and bars of heads and widths.
 
 Shapes: R rows, C columns.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from clipkit.errors import DependencyError
-from clipkit.files import atomic_write
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches. Raises: DependencyError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DependencyError(
-            "pictures of studies need matplotlib", hint="pip install 'clipkit[plots]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+from clipkit_training.figures import new_figure, save_figure
 
 
 def heat_map(
@@ -60,7 +44,7 @@ def heat_map(
     axes.set_ylabel("first")
     axes.set_title(title, fontsize="medium", wrap=True)
     figure.colorbar(picture, ax=axes, label="accuracy, %")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def bars(
@@ -103,7 +87,7 @@ def bars(
     axes.set_ylabel("accuracy, %")
     axes.set_title(title, fontsize="medium", wrap=True)
     figure.legend(fontsize="small", loc="outside right upper")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _mean(values_C: np.ndarray) -> float:
@@ -115,16 +99,3 @@ def _middle(values_RC: np.ndarray) -> float:
     """Between the smallest and the largest: above it colours are light."""
     known = values_RC[~np.isnan(values_RC)]
     return float(known.min() + known.max()) / 2 if len(known) else 0.0
-
-
-def _save(figure: Any, path: Path) -> list[Path]:
-    from matplotlib import rc_context
-
-    files = []
-    for suffix, more in ((".png", {"dpi": 150}), (".svg", {"metadata": {"Date": None}})):
-        buffer = BytesIO()
-        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "clipkit"}):  # letters, and equal bytes
-            figure.savefig(buffer, format=suffix[1:], **more)
-        files.append(path.with_name(path.name + suffix))
-        atomic_write(files[-1], buffer.getvalue())
-    return files

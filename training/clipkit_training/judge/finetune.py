@@ -101,7 +101,6 @@ def finetune(
     places, names = _labelled(train, label)
     held = _labelled(heldout, label)[1]
     coded = code_labels(names, held)
-    number = {name: place for place, name in enumerate(coded.classes)}
     chosen = stratified(coded.train_N, share, seed)
     content = content_of(encoder)
     crops = crops if isinstance(content, Pictures) else None
@@ -112,17 +111,32 @@ def finetune(
         copy.deepcopy(encoder), images_N3SS, label_N, len(coded.classes), epochs=epochs,
         batch_size=batch_size, rates=(lr, head_lr), crops=crops, seed=seed, advance=advance,
     )  # fmt: skip
-    right = total = 0
-    with torch.inference_mode():
-        for batch in EvalBatches(heldout, content, captions=False):
-            truth = [label_text(record.meta.get(label)) for record in batch.records]
-            if batch.records:
-                predicted = classifier(batch.images.to(encoder.device)).argmax(dim=1).tolist()
-                known = [(number.get(name, -1), at) for at, name in enumerate(truth) if name is not None]
-                right += sum(wanted == predicted[at] for wanted, at in known)
-                total += len(known)
-            advance(len(batch.records))
+    batches = EvalBatches(heldout, content, captions=False)
+    right, total = _count(
+        classifier, batches, {name: at for at, name in enumerate(coded.classes)}, label, advance
+    )
     return {"accuracy": right / max(1, total), "labels": len(label_N), "heldout": total}
+
+
+@torch.inference_mode()
+def _count(
+    classifier: Classifier,
+    batches: EvalBatches,
+    number: dict[str, int],
+    label: str,
+    advance: Callable[[int], None],
+) -> tuple[int, int]:
+    """How many samples it names rightly, and how many there are; those without the label do not count."""
+    right = total = 0
+    for batch in batches:
+        truth = [label_text(record.meta.get(label)) for record in batch.records]
+        if batch.records:
+            predicted = classifier(batch.images.to(classifier.encoder.device)).argmax(dim=1).tolist()
+            known = [(number.get(name, -1), at) for at, name in enumerate(truth) if name is not None]
+            right += sum(wanted == predicted[at] for wanted, at in known)
+            total += len(known)
+        advance(len(batch.records))
+    return right, total
 
 
 def _labelled(data: Dataset, label: str) -> tuple[list[int], list[str]]:

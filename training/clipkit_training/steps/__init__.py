@@ -25,7 +25,7 @@ from clipkit_training.steps.simcse import SimCSEConfig, build_simcse
 from clipkit_training.steps.simsiam import SimSiamConfig, build_simsiam
 from clipkit_training.steps.supcon import SupConConfig, build_supcon
 
-__all__ = ["STEPS", "Setting", "Step", "build_step", "step_name"]
+__all__ = ["STEPS", "Setting", "Step", "build_step", "step_name", "step_of"]
 
 STEPS = Registry(
     "step",
@@ -61,10 +61,16 @@ def build_step(model: nn.Module, options: str | dict[str, Any], setting: Setting
         NotFoundError: An unknown step.
         ConfigError: A wrong option, or a model that the step cannot train.
     """
+    spec, config = step_of(options)
+    return spec.build(model, config, setting)
+
+
+def step_of(options: str | dict[str, Any]) -> tuple[Spec, Config]:
+    """The kind of Step that a recipe names, and its options. Raises: NotFoundError, ConfigError."""
     name = step_name(options)
     spec = STEPS.get(name)
     rest = {} if isinstance(options, str) else {key: options[key] for key in options if key != "name"}
-    return spec.build(model, validate(spec.config, rest, f"step {name!r}"), setting)
+    return spec, validate(spec.config, rest, f"step {name!r}")
 
 
 def step_name(options: str | dict[str, Any]) -> str:

@@ -1,0 +1,73 @@
+"""Curves of real runs, and of logs that are none."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clipkit.cli import main
+from clipkit_training.curves import read_curves
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two short runs."""
+    folder = tmp_path_factory.mktemp("curves")
+    short = ("--max-steps", "6", "--data.batch-size", "16", "--evaluations", "2", "--checkpoints", "1")
+    for name in ("simclr", "simsiam"):
+        words = ["train", f"{name}-glyphs", "--run", str(folder / name), *short, "--json"]
+        assert main(words) == 0
+    return [str(folder / name) for name in ("simclr", "simsiam")]
+
+
+def test_runs_are_drawn_side_by_side(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["curves", *runs, "--over", "samples", "--out", str(tmp_path / "both.svg"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["runs"]) == ["simclr", "simsiam"]
+    assert [x for x, _ in report["runs"]["simclr"]["loss"]] == [16, 32, 48, 64, 80, 96]
+    assert [x for x, _ in report["runs"]["simsiam"]["knn"]] == [48, 96], "held-out figures at their steps"
+    png, svg = report["pictures"]
+    with Image.open(png) as picture:
+        assert picture.width > picture.height
+    text = Path(svg).read_text()
+    assert all(word in text for word in ("simclr", "simsiam", "knn", "rankme", "loss", "samples seen"))
+
+
+def test_seconds_rise(runs: list[str]) -> None:
+    seconds = [x for x, _ in read_curves(Path(runs[0]), "seconds")["loss"]]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+
+
+def test_one_figure_of_one_run(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "norm")
+    assert main(["curves", runs[0], "--figure", "grad_norm", "--out", out]) == 0
+    assert "norm.svg" in capsys.readouterr().out
+    assert main(["curves", runs[0], "--figure", "los", "--out", out]) == 2
+    assert "no run has 'los'" in (err := capsys.readouterr().err)
+    assert "loss" in err
+
+
+def test_what_is_no_run_is_said_so(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["curves", str(tmp_path)]) == 2
+    assert "is not the folder of a run" in capsys.readouterr().err
+    assert main(["curves", runs[0], runs[0]]) == 2
+    assert "a run is named twice" in capsys.readouterr().err
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.yaml").write_text((Path(runs[0]) / "config.yaml").read_text())
+    for log, words in (
+        ('{"kind": "train", "st\n', "line 1, is no record"),
+        ('{"kind": "held', "line 1, is no record"),
+        ("", "no step is recorded yet"),
+    ):
+        (damaged / "metrics.jsonl").write_text(log)
+        assert main(["curves", str(damaged), "--out", str(tmp_path / "x")]) == 1, log
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.glob("x*"))
