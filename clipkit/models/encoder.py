@@ -62,9 +62,9 @@ class Encoder(nn.Module):
         mean, std = config.preprocess.statistics()
         self.pixel_mean = nn.Buffer(mean, persistent=False)
         self.pixel_std = nn.Buffer(std, persistent=False)
-        # Convolutions are faster on pixels whose channels lie side by side, GroupNorm alone is slower.
-        convolves = any(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
-        self._layout = torch.channels_last if convolves else torch.contiguous_format
+        # Convolutions are faster where a pixel's channels lie side by side; GroupNorm is slower by more.
+        batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
+        self._layout = torch.channels_last if batch_norm else torch.contiguous_format
         self._fingerprint = Fingerprint()
 
     @property

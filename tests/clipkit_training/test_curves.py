@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from clipkit.cli import main
-from clipkit_training.curves import read_curves
+from clipkit_training.curves import draw_curves, read_curves
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,20 @@ def test_one_figure_of_one_run(runs: list[str], tmp_path: Path, capsys: pytest.C
     assert main(["curves", runs[0], "--figure", "los", "--out", out]) == 2
     assert "no run has 'los'" in (err := capsys.readouterr().err)
     assert "loss" in err
+
+
+def test_a_run_without_a_figure_is_left_out_of_its_panel(runs: list[str], tmp_path: Path) -> None:
+    here, other = read_curves(Path(runs[0])), read_curves(Path(runs[1]))
+    del here["knn"]
+    _, svg = draw_curves({"blind": here, "whole": other}, ["knn", "loss"], "steps", tmp_path / "two")
+    assert all(svg.read_text().count(f">{name}<") == 1 for name in ("blind", "whole")), (
+        "one legend, both runs"
+    )
+
+
+def test_another_axis_is_refused(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curves", runs[0], "--over", "hours"]) == 2
+    assert "curves cannot run over 'hours'" in capsys.readouterr().err
 
 
 def test_what_is_no_run_is_said_so(

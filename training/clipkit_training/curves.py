@@ -37,7 +37,10 @@ def read_curves(run: Path, over: str = "steps") -> dict[str, Curve]:
     Raises:
         NotFoundError: The folder is not that of a run.
         DataError: The log is damaged, or holds no step.
+        InputError: Curves cannot run over that.
     """
+    if over not in AXES:
+        raise InputError(f"curves cannot run over {over!r}", hint=f"but over {', '.join(AXES)}")
     log = run / METRICS
     if not log.is_file() or not (run / CONFIG).is_file():
         raise NotFoundError(f"{run} is not the folder of a run", hint=f"one has {CONFIG} and {METRICS}")
@@ -84,12 +87,14 @@ def draw_curves(
     for axes, name in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures, strict=True):
         for number, (run, curves) in enumerate(runs.items()):
             points = _thinned(curves.get(name, []))
+            if not points:
+                continue
             few = "o" if len(points) < _MOST / 4 else None
             axes.plot(*zip(*points, strict=True), label=run, color=f"C{number}", marker=few, markersize=3)
         axes.set(title=name, xlabel=AXES[over], xlim=(0, None))
         axes.grid(color="#dddddd", linewidth=0.6)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize="small", frameon=False)
+    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize="small", frameon=False)
     return save_figure(figure, path)
 
 

@@ -7,8 +7,6 @@ from clipkit.cli import Command
 from clipkit.cli.output import print_json, print_table
 from clipkit.errors import InputError
 
-AXES = ("steps", "samples", "seconds")
-
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
@@ -19,7 +17,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what to draw, also twice (default: held-out neighbours or recall, RankMe, and the loss)",
     )
-    parser.add_argument("--over", choices=AXES, default="steps", help="what is to the right (steps)")
+    parser.add_argument(
+        "--over", default="steps", metavar="X", help="what is to the right: steps, samples or seconds (steps)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
