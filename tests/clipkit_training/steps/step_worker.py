@@ -42,8 +42,7 @@ def tiny_step(name: str, group: dist.ProcessGroup | None = None) -> Step:
     """A Step with fixed weights."""
     build, config = BUILDS[name]
     torch.manual_seed(0)
-    step = build(tiny_encoder(), config, setting(ROWS, group=group))  # pyright: ignore[reportArgumentType]
-    return _in_float64(step)
+    return build(tiny_encoder(), config, setting(ROWS, group=group))  # pyright: ignore[reportArgumentType]
 
 
 def _in_float64(step: Step) -> Step:
@@ -63,7 +62,7 @@ def _encode(encoder: Encoder, images_N3SS: Tensor) -> Tensor:
 
 def trained(name: str, rank: int | None, group: dist.ProcessGroup | None) -> dict[str, dict[str, Tensor]]:
     """Loss and gradients of the first of three steps, and the state after the last."""
-    step = tiny_step(name, group)
+    step = _in_float64(tiny_step(name, group))
     rows = {None: slice(0, ROWS), 0: slice(0, FIRST), 1: slice(FIRST, ROWS)}[rank]
     labels = [0, 1, 2, 0, 1, 2, 0, 3]
     batches = [part_of(random_batch(ROWS, seed=seed, labels=labels), rows) for seed in range(3)]
