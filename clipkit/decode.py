@@ -1,12 +1,15 @@
 """Pictures decoded and resized fast: from bytes to the pixels a model wants to see, for whole data sets.
 
-Resizing costs Pillow more than decoding. `read_picture` does the same arithmetic with torch's antialiased
-uint8 kernel, on the decoder's own buffer, and decodes plain JPEGs with simplejpeg. Nothing else changes: the
-checks are those of `clipkit.encoded`, the geometry is `Preprocess.fit`, whatever simplejpeg does not decode
-exactly as Pillow goes to Pillow, and the pixels are within 1 level of
-`preprocess.uint8(decode_image(data, min_side=preprocess.min_side))` (2 at about one in a million).
+Resizing costs Pillow more than decoding. `read_picture` does the same arithmetic by `clipkit.resample`, on
+the decoder's own buffer, and decodes plain JPEGs with simplejpeg. Nothing else changes: the checks are those
+of `clipkit.encoded`, the geometry is `Preprocess.fit`, whatever simplejpeg does not decode exactly as Pillow
+goes to Pillow, and the pixels are those of
+`preprocess.uint8(decode_image(data, min_side=preprocess.min_side))`.
 
-Shapes: H height, W width, S model's picture size.
+Pictures of more than a megapixel go through torch's antialiased uint8 kernel, which is faster the larger
+they are: its weights have 16 bits where Pillow's have 22, so that single values are a level off.
+
+Shapes: H height, W width, S model's picture size; C is 3, or 4 with a byte of no meaning after the colours.
 """
 
 import logging
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from clipkit.encoded import MAX_BYTES, MAX_PIXELS, open_image, orientation, shrink
 from clipkit.errors import InputError
-from clipkit.images import Box, Preprocess, load_image, pixels
+from clipkit.images import Box, Preprocess, load_image
 
 log = logging.getLogger("clipkit")
 
@@ -33,6 +36,7 @@ CropOf = Callable[[int, int], Crop]
 """From a picture's width and height in pixels to the box to cut out."""
 
 _JPEG = ("JPEG", "MPO")  # the second is several in one file
+_EXACT = 1 << 20  # pixels of the largest picture that is resized as Pillow does it, to the bit
 
 
 def read_picture(
@@ -67,20 +71,40 @@ def read_picture(
     if image.format in _JPEG:
         width, height = image.size
         chosen = _chosen(crop, *((height, width) if orientation(image) >= 5 else (width, height)), name)
-        pixels_3HW = _decode_jpeg(image, data, _min_side(preprocess, image, chosen), name)
-    else:
-        pixels_3HW = pixels(load_image(image, name))
-        chosen = _chosen(crop, pixels_3HW.shape[2], pixels_3HW.shape[1], name)
-    height, width = pixels_3HW.shape[1:]
-    side = preprocess.size
+        pixels_HWC = _decode_jpeg(image, data, _min_side(preprocess, image, chosen), name)
+        return fit_pixels(pixels_HWC, preprocess, name=name, crop=chosen)
+    return fit_pixels(_pixels(load_image(image, name)), preprocess, name=name, crop=crop)
+
+
+def fit_pixels(
+    pixels_HWC: np.ndarray,
+    preprocess: Preprocess,
+    *,
+    name: str = "image",
+    crop: Crop | CropOf | None = None,
+) -> Tensor:
+    """Decoded pixels as `read_picture` gives a picture's.
+
+    Args:
+        pixels_HWC: uint8 (H, W, C), the upright picture.
+        preprocess, name, crop: As for `read_picture`.
+
+    Returns:
+        uint8 (3, S, S), contiguous.
+
+    Raises:
+        InputError: `crop` is empty or leaves the picture.
+    """
+    height, width, side = *pixels_HWC.shape[:2], preprocess.size
+    chosen = _chosen(crop, width, height, name)
     if chosen is None:
-        box, size, corner = preprocess.fit(width, height)
+        box, size, (x, y) = preprocess.fit(width, height)
     else:
-        box, size, corner = _pixel_box(chosen, width, height), (side, side), (0, 0)
+        box, size, (x, y) = _pixel_box(chosen, width, height), (side, side), (0, 0)
     left, top, right, bottom = box
-    resized_3HW = _resize(pixels_3HW[:, top:bottom, left:right], size, preprocess.interpolation)
-    left, top = corner
-    return resized_3HW[:, top : top + side, left : left + side].contiguous()
+    resize = _resize_exactly if height * width <= _EXACT else _resize
+    resized_3hw = resize(pixels_HWC[top:bottom, left:right], size, preprocess.interpolation)
+    return resized_3hw[:, y : y + side, x : x + side].contiguous()
 
 
 def decoder() -> str:
@@ -104,8 +128,8 @@ def _simplejpeg() -> Callable[..., np.ndarray] | None:
         return None
 
 
-def _decode_jpeg(image: Image.Image, data: bytes, min_side: float | None, name: str) -> Tensor:
-    """The upright pixels of an opened JPEG, uint8 (3, H, W). Raises: ImageError."""
+def _decode_jpeg(image: Image.Image, data: bytes, min_side: float | None, name: str) -> np.ndarray:
+    """The upright pixels of an opened JPEG, uint8 (H, W, C). Raises: ImageError."""
     full = image.size
     if min_side is not None:
         shrink(image, min_side)
@@ -113,17 +137,38 @@ def _decode_jpeg(image: Image.Image, data: bytes, min_side: float | None, name: 
     plain = image.size == full and image.mode in ("L", "RGB") and orientation(image) == 1
     if plain and image.format == "JPEG" and (decode_jpeg := _simplejpeg()) is not None:
         try:
-            return torch.from_numpy(decode_jpeg(data, "RGB")).permute(2, 0, 1)
+            return decode_jpeg(data, _layout(*full))
         except ValueError:
             pass  # damaged, or of a kind that it does not know: Pillow's word counts
-    return pixels(load_image(image, name))
+    return _pixels(load_image(image, name))
 
 
-def _resize(pixels_3HW: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """A picture scaled to `size` (width, height) with antialiasing, still uint8."""
+def _pixels(image: Image.Image) -> np.ndarray:
+    """An RGB picture's pixels as uint8 (H, W, C)."""
+    if (layout := _layout(*image.size)) == "RGB":
+        return np.array(image)
+    return np.frombuffer(image.tobytes("raw", layout), np.uint8).reshape(image.height, image.width, 4)
+
+
+def _layout(width: int, height: int) -> str:
+    """How the kernel that resizes such a picture wants its bytes."""
+    return "RGBX" if width * height <= _EXACT else "RGB"
+
+
+def _resize_exactly(pixels_HWC: np.ndarray, size: tuple[int, int], interpolation: str) -> Tensor:
+    """A picture scaled to `size` (width, height) with antialiasing, as Pillow does it: uint8 (3, h, w)."""
+    from clipkit.resample import resize  # half a second
+
+    if pixels_HWC.shape[2] == 3:
+        pixels_HWC = np.pad(pixels_HWC, ((0, 0), (0, 0), (0, 1)))
+    return torch.from_numpy(resize(pixels_HWC, size, interpolation))
+
+
+def _resize(pixels_HWC: np.ndarray, size: tuple[int, int], interpolation: str) -> Tensor:
+    """The same by torch, within a level or, once in millions of values, two."""
     # torch's kernel is several times as fast where a pixel's channels lie side by side
-    pixels_13HW = pixels_3HW[None].contiguous(memory_format=torch.channels_last)
-    (height, width), (new_width, new_height) = pixels_3HW.shape[1:], size
+    pixels_13HW = torch.from_numpy(np.ascontiguousarray(pixels_HWC)).permute(2, 0, 1)[None]
+    (height, width), (new_width, new_height) = pixels_13HW.shape[2:], size
     # The kernel scales rows first. Pillow 13 scales columns first where that leaves its second pass much less
     # to do, and both clip what overshoots between the passes, so that the order shows at sharp edges.
     if height - new_height > max(0, 2 * (width - new_width)):

@@ -13,10 +13,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clipkit.decode import CropOf, read_picture
+from clipkit.decode import CropOf, fit_pixels, read_picture
 from clipkit.encoded import MAX_PIXELS
 from clipkit.errors import DependencyError
 from clipkit.images import Preprocess
@@ -93,7 +92,10 @@ class Clips:
                     "clip too large",
                 )
             return self._at(
-                len(decoder), lambda place: _fitted(decoder.get_frame_at(place).data, self.preprocess, crop)
+                len(decoder),
+                lambda place: fit_pixels(
+                    decoder.get_frame_at(place).data.permute(1, 2, 0).numpy(), self.preprocess, crop=crop
+                ),
             )
         # torchcodec passes on whatever FFmpeg says, in errors of several kinds
         except (RuntimeError, ValueError, IndexError) as error:
@@ -116,19 +118,3 @@ def _decoder_class() -> Any:
         raise DependencyError(
             "video files need torchcodec", hint=f"pip install 'clipkit[video]', and {_FFMPEG}"
         ) from error
-
-
-def _fitted(pixels_3HW: Tensor, preprocess: Preprocess, crop: CropOf | None) -> Tensor:
-    """A video's frame as `read_picture` gives a picture, uint8 (3, S, S)."""
-    (height, width), side = pixels_3HW.shape[1:], preprocess.size
-    if crop is None:
-        (left, top, right, bottom), (wide, high), (x, y) = preprocess.fit(width, height)
-    else:
-        shares = crop(width, height)
-        left, top = min(round(shares[0] * width), width - 1), min(round(shares[1] * height), height - 1)
-        right = max(round((shares[0] + shares[2]) * width), left + 1)
-        bottom = max(round((shares[1] + shares[3]) * height), top + 1)
-        (wide, high), (x, y) = (side, side), (0, 0)
-    part_13HW = pixels_3HW[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(part_13HW, (high, wide), mode=preprocess.interpolation, antialias=True)
-    return resized[0, :, y : y + side, x : x + side].contiguous()
