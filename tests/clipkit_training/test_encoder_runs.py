@@ -48,12 +48,33 @@ def test_a_run_of_sentences_is_judged_by_neighbours_and_by_scored_pairs(
     run(capsys, ["train", "simcse-emoji", "--run", train, *SHORT])
     assert run(capsys, ["shards", "pairs", "sample:emoji/heldout", pairs, "--count", "60"])["pairs"] == 60
     figures = run(capsys, ["evaluate", train, "--sts", pairs, "--k", "5"])
-    assert {"knn", "linear", "linear_1pct", "rankme", "alignment", "uniformity", "sts"} <= set(figures)
-    assert {"knn", "linear", "sts"} <= set(figures["untrained"])
-    assert {"knn", "linear"} <= set(figures["raw"])
+    words = {"knn", "linear", "sts", "recall@1", "recall@10"}
+    assert {*words, "linear_1pct", "rankme", "alignment", "uniformity"} <= set(figures)
+    assert words <= set(figures["untrained"])
+    assert words <= set(figures["raw"])
     assert (figures["k"], figures["label"]) == (5, "subgroup")
     assert -1 <= figures["sts"] <= 1
     assert figures["sts"] != figures["untrained"]["sts"]
+
+
+def test_other_wordings_are_looked_for_where_a_field_holds_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, heldout = str(tmp_path / "run"), ["--data", "sample:emoji/heldout"]
+    run(capsys, ["train", "simcse-emoji", "--run", train, *SHORT, "--data.label", "None"])
+    chinese = run(capsys, ["evaluate", train])
+    assert chinese["raw"]["recall@1"] < 0.02, "no letter is in both languages"
+    keywords = run(capsys, ["evaluate", train, "--wording", "keywords"])
+    assert keywords["raw"]["recall@1"] > 0.1
+    model = f"{train}/model"
+    lines = tmp_path / "lines.txt"
+    lines.write_text("red circle\nblue square\ngreen line\n")
+    assert "recall@1" not in run(capsys, ["evaluate", model, "--data", str(lines)])
+    assert main(["evaluate", model, *heldout, "--wording", "nickname"]) == 1
+    error = capsys.readouterr().err
+    assert "no sample has a caption and a text in the field 'nickname'" in error
+    assert "there are" in error
+    assert "name_zh" in error
 
 
 def test_a_run_of_graphs_is_judged_by_cross_validation(

@@ -21,6 +21,7 @@ from clipkit_training.judge.labels import code_labels, label_text, stratified
 from clipkit_training.judge.linear import logistic_probe, sgd_probe
 from clipkit_training.judge.sentences import ScoredPair, embed_texts, read_scored_pairs, spearman, sts
 from clipkit_training.judge.svm import svm_accuracy
+from clipkit_training.judge.wordings import wordings_recall
 
 
 def blobs(
@@ -270,17 +271,41 @@ def test_sentences_are_ranked_as_their_cosines_are() -> None:
     cosines = [float(embed_texts(encoder, [a])[0] @ embed_texts(encoder, [b])[0]) for a, b in sides]
     in_order = [ScoredPair(a, b, score) for (a, b), score in zip(sides, cosines, strict=True)]
     backwards = [pair._replace(score=-pair.score) for pair in in_order]
-    found = sts(encoder, {"up": in_order, "down": backwards})
+    found = sts(partial(embed_texts, encoder), {"up": in_order, "down": backwards})
     assert found == {"up": pytest.approx(1), "down": pytest.approx(-1), "mean": pytest.approx(0)}
     assert encoder.training, "it is left in the mode it was in"
+
+
+@given(
+    numbers=st.lists(st.integers(0, 5), min_size=2, max_size=12),
+    others=st.lists(st.integers(0, 3), min_size=12, max_size=12),
+    seed=st.integers(0, 100),
+)
+def test_other_wordings_are_found_as_a_search_would_find_them(
+    numbers: list[int], others: list[int], seed: int
+) -> None:
+    wordings = [(f"caption {a}", f"other {b}") for a, b in zip(numbers, others, strict=False)]
+    draw = torch.from_numpy(np.random.default_rng(seed).normal(size=(10, 4))).float()
+    places = {text: place for place, text in enumerate(sorted({text for pair in wordings for text in pair}))}
+
+    def embed(texts: Any) -> torch.Tensor:
+        return torch.nn.functional.normalize(draw[[places[text] for text in texts]], dim=1)
+
+    hits = []
+    for caption, own in wordings:
+        distinct = sorted({other for _, other in wordings})
+        hits.append(own == max(distinct, key=lambda other: float(embed([caption])[0] @ embed([other])[0])))
+    found = wordings_recall(embed, wordings)
+    assert found["recall@1"] == pytest.approx(np.mean(hits))
+    assert found["recall@10"] == 1
 
 
 def test_what_sts_cannot_judge() -> None:
     same = [ScoredPair("a", "b", 1.0), ScoredPair("a", "b", 2.0)]
     with pytest.raises(InputError, match="same: all values of the first list are equal"):
-        sts(text_encoder(), {"same": same})
+        sts(partial(embed_texts, text_encoder()), {"same": same})
     with pytest.raises(InputError, match="no task"):
-        sts(text_encoder(), {})
+        sts(partial(embed_texts, text_encoder()), {})
     pictures = build_model(EncoderConfig(tower={"name": "cnn"}), seed=0)
     with pytest.raises(ClipkitError, match="this one encodes images"):
-        sts(pictures, {"same": same})
+        sts(partial(embed_texts, pictures), {"same": same})

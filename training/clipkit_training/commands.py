@@ -101,6 +101,12 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="sentence encoders: a .tsv, .csv or .jsonl with sentence1, sentence2, score",
     )
     parser.add_argument(
+        "--wording",
+        metavar="FIELD",
+        help="sentence encoders: metadata field with another wording to look for, such as a translation "
+        "(default: the run's first data.more_captions)",
+    )
+    parser.add_argument(
         "--finetune",
         type=int,
         nargs="+",
@@ -134,6 +140,7 @@ def _evaluate(args: argparse.Namespace) -> int | None:
                 shares=args.finetune,
                 ks=args.k,
                 pairs=args.sts,
+                wording=args.wording,
                 baselines=args.untrained,
                 advance=bar.advance,
             )

@@ -1,10 +1,11 @@
 """`clipkit evaluate` for encoders: what a run folder says is filled in, judged, and laid out as a table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipkit.errors import ConfigError
+from clipkit.errors import ConfigError, DataError
 from clipkit.files import read_manifest
 from clipkit.models import Encoder, load_encoder
 from clipkit_data.batches.pairs import Dataset, EvalBatches
@@ -13,9 +14,11 @@ from clipkit_data.dataset import ShardDataset
 from clipkit_data.pictures.views import ViewsConfig
 from clipkit_data.sources import is_streamed, open_dataset, resolve_shards
 from clipkit_training.judge.features import untrained
-from clipkit_training.judge.live import report_live
+from clipkit_training.judge.live import report_live, rounded
+from clipkit_training.judge.raw import letters
 from clipkit_training.judge.report import report_encoder
-from clipkit_training.judge.sentences import read_scored_pairs, sts
+from clipkit_training.judge.sentences import EmbedTexts, embed_texts, read_scored_pairs, sts
+from clipkit_training.judge.wordings import read_wordings, wordings_recall
 from clipkit_training.recipe import Recipe, load_recipe
 
 _CONFIG = "config.yaml"
@@ -51,6 +54,7 @@ def judge_encoder(
     shares: Sequence[int] = (),
     ks: Sequence[int] = (),
     pairs: Sequence[str] = (),
+    wording: str | None = None,
     baselines: bool = True,
     device: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
@@ -65,12 +69,15 @@ def judge_encoder(
         shares: Per cent of the labels to fine-tune on.
         ks: Numbers of neighbours; see `report_encoder`.
         pairs: Files of scored sentence pairs (`read_scored_pairs`), for Spearman's correlation.
+        wording: Metadata field with another wording of each held-out sentence, which is then looked for
+            (`wordings_recall`); by default the first of the run's `data.more_captions`.
         baselines: Also judge new weights and the raw content.
         device: Where to encode.
         advance: Called with the number of samples done.
 
     Returns:
-        `{"model": name, …}` and what `report_encoder` gives; without a label what needs none.
+        `{"model": name, …}` and what `report_encoder` gives; without a label what needs none. Sentences also
+        have "sts", "recall@1" and "recall@10", beside those of the letters as "raw".
 
     Raises:
         ConfigError: Data or label are neither given nor known from a run.
@@ -81,10 +88,31 @@ def judge_encoder(
     train_data, data = _sources(recipe, train_data, data)
     encoder, seed = load_encoder(model, device), recipe.seed if recipe else 0
     views = recipe.data.make_views(encoder.preprocess.size) if recipe else None
-    if not label and (pairs or data):
-        kinds = {"": encoder} | ({"untrained": untrained(encoder, seed)} if baselines else {})
-        found = {kind: _without_label(judged, data, pairs, views, seed) for kind, judged in kinds.items()}
-        return {"model": name} | found.pop("") | found
+    kinds = {"": encoder} | ({"untrained": untrained(encoder, seed)} if baselines else {})
+    if label or not (pairs or data):
+        report = _labelled(
+            name, encoder, data, train_data, label,
+            ks=ks, views=views, baselines=baselines, shares=shares, seed=seed, advance=advance,
+        )  # fmt: skip
+    else:
+        found = {kind: _without_label(judged, data, views, seed) for kind, judged in kinds.items()}
+        report = found.pop("") | found
+    wordings = _wordings(recipe if encoder.modality == "text" else None, data, wording)
+    for kind, figures in _of_sentences(kinds, pairs, wordings).items():
+        into = report.setdefault(kind, {}) if kind else report
+        into.update(figures)
+    return {"model": name} | report
+
+
+def _labelled(
+    name: str,
+    encoder: Encoder,
+    data: Sequence[str],
+    train_data: Sequence[str],
+    label: str | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """`report_encoder`'s figures, once it is known what to judge on. Raises: ConfigError."""
     for what, given, option in (
         ("held-out data", data, "--data"),
         ("training data", train_data, "--train-data"),
@@ -93,23 +121,7 @@ def judge_encoder(
         if not given:
             raise ConfigError(f"{name}: no {what} is known", hint=f"give {option}")
     assert label is not None
-    report = report_encoder(
-        encoder,
-        _open(train_data),
-        _open(data),
-        label=label,
-        ks=ks,
-        views=views,
-        baselines=baselines,
-        shares=shares,
-        seed=seed,
-        advance=advance,
-    )
-    if pairs:
-        report |= _sts(encoder, pairs)
-        if baselines:
-            report["untrained"] |= _sts(untrained(encoder, seed), pairs)
-    return {"model": name} | report
+    return report_encoder(encoder, _open(train_data), _open(data), label=label, **options)
 
 
 def _sources(
@@ -130,24 +142,47 @@ def _open(specs: Sequence[str]) -> Dataset:
 
 
 def _without_label(
-    encoder: Encoder, data: Sequence[str], pairs: Sequence[str], views: ViewsConfig | None, seed: int
+    encoder: Encoder, data: Sequence[str], views: ViewsConfig | None, seed: int
 ) -> dict[str, Any]:
-    """The shape of the features of held-out samples, and scored pairs."""
-    figures: dict[str, Any] = {}
-    if data:
-        texts = encoder.modality == "text"
-        batches = list(EvalBatches(_open(data), content_of(encoder), captions=texts))
-        figures |= report_live(encoder, [], batches, label=None, views=views, seed=seed)
-    return figures | (_sts(encoder, pairs) if pairs else {})
+    """The shape of the features of held-out samples."""
+    if not data:
+        return {}
+    texts = encoder.modality == "text"
+    batches = list(EvalBatches(_open(data), content_of(encoder), captions=texts))
+    return report_live(encoder, [], batches, label=None, views=views, seed=seed)
 
 
-def _sts(encoder: Encoder, files: Sequence[str]) -> dict[str, float]:
-    """Spearman's correlation for files of scored sentence pairs: "sts", the mean, and each of several."""
-    found = sts(encoder, {Path(file).stem: read_scored_pairs(file) for file in files})
-    figures = {"sts": found.pop("mean")}
-    if len(found) > 1:
-        figures |= {f"sts_{task}": value for task, value in found.items()}
-    return {name: round(value, 4) for name, value in figures.items()}
+def _wordings(recipe: Recipe | None, data: Sequence[str], field: str | None) -> Sequence[tuple[str, str]]:
+    """Held-out sentences and their other wordings: of the field asked for, or the run's where it is there."""
+    if field is not None and not data:
+        raise ConfigError("no held-out data is known", hint="give --data")
+    usual = next(iter(recipe.data.more_captions), None) if recipe else None
+    if not data or (field or usual) is None:
+        return []
+    try:
+        return read_wordings(_open(data), field or str(usual))
+    except DataError:
+        if field is not None:
+            raise
+        return []
+
+
+def _of_sentences(
+    kinds: Mapping[str, Encoder], pairs: Sequence[str], wordings: Sequence[tuple[str, str]]
+) -> dict[str, dict[str, float]]:
+    """Figures of scored pairs and of other wordings, for each kind of features."""
+    embed: dict[str, EmbedTexts] = {kind: partial(embed_texts, encoder) for kind, encoder in kinds.items()}
+    embed |= {"raw": letters} if len(kinds) > 1 else {}
+    figures: dict[str, dict[str, float]] = {kind: {} for kind in embed} if pairs or wordings else {}
+    tasks = {Path(file).stem: read_scored_pairs(file) for file in pairs}
+    for kind, into in figures.items():
+        if tasks:
+            found = sts(embed[kind], tasks)
+            into["sts"] = found.pop("mean")
+            into |= {f"sts_{task}": value for task, value in found.items()} if len(found) > 1 else {}
+        if wordings:
+            into |= wordings_recall(embed[kind], wordings)
+    return {kind: rounded(into) for kind, into in figures.items()}
 
 
 def encoder_table(result: dict[str, Any]) -> tuple[list[list[Any]], list[str]]:

@@ -5,6 +5,7 @@ Pictures are their pixels, sentences the counts of their letters, graphs the cou
 Shapes: N samples of a batch, V nodes of its graphs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,12 @@ def _pixels(batch: Pairs) -> Tensor:
 
 
 def _letters(batch: Pairs) -> Tensor:
-    counts: Any = _LETTERS.transform(batch.captions)
+    return letters(batch.captions)
+
+
+def letters(texts: Sequence[str]) -> Tensor:
+    """Counts of two or three letters in a row within words, scaled to length 1: float32 (N, 4096)."""
+    counts: Any = _LETTERS.transform(texts)
     return torch.from_numpy(counts.toarray()).float()
 
 

@@ -9,7 +9,7 @@ Shapes: N pairs, D features.
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from clipkit.errors import DataError, InputError, NotFoundError
 from clipkit.models import Encoder
 
+EmbedTexts = Callable[[Sequence[str]], Tensor]
+"""From N sentences to unit features, float32 (N, D) on the CPU."""
 _FIELDS = ("sentence1", "sentence2", "score")
 _BATCH = 256
 
@@ -144,25 +146,24 @@ def embed_texts(encoder: Encoder, texts: Sequence[str]) -> Tensor:
     return F.normalize(torch.cat(parts), dim=1)[[place[text] for text in texts]]
 
 
-def sts(encoder: Encoder, tasks: Mapping[str, Sequence[ScoredPair]]) -> dict[str, float]:
+def sts(embed: EmbedTexts, tasks: Mapping[str, Sequence[ScoredPair]]) -> dict[str, float]:
     """Spearman's correlation of cosines with people's scores, for each task, and their mean.
 
     Args:
-        encoder: A text encoder; it returns to the mode it was in.
+        embed: What gives the features, such as `partial(embed_texts, encoder)`.
         tasks: Pairs by name; those of a task of several files are all together.
 
     Returns:
         `{task: correlation, …, "mean": …}`, in [−1, 1]; papers print them times 100.
 
     Raises:
-        InputError: No text encoder, no task, or all cosines or all scores of a task are equal.
+        InputError: No task, or all cosines or all scores of a task are equal.
     """
     if not tasks:
         raise InputError("there is no task to judge on")
     figures = {}
     for name, pairs in tasks.items():
-        x_ND = embed_texts(encoder, [pair.sentence1 for pair in pairs])
-        y_ND = embed_texts(encoder, [pair.sentence2 for pair in pairs])
+        x_ND, y_ND = embed([pair.sentence1 for pair in pairs]), embed([pair.sentence2 for pair in pairs])
         cosine_N = (x_ND * y_ND).sum(dim=1)
         try:
             figures[name] = spearman(cosine_N.numpy(), [pair.score for pair in pairs])
