@@ -21,7 +21,7 @@ SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 """The half width of each filter, in pixels of the input, or of the output where that is smaller."""
 _BITS = 22  # of a weight, after the point
 _HALF = 1 << (_BITS - 1)
-_STRIP = 80  # rows of pixels that lie side by side while their columns are combined
+_STRIP = 80  # rows of pixels, at most, that lie side by side while their columns are combined
 _GIVEN = numba.types.Array(numba.uint32, 2, "A", readonly=True)  # of any strides
 _WORDS = numba.uint32[:, ::1]
 
@@ -122,10 +122,11 @@ def _across(words_HW: np.ndarray, width: int, support: float) -> np.ndarray:
     """Rows scaled: words (H, w). A strip of rows is turned, its columns combined, and turned back."""
     height, old = words_HW.shape
     weights = _weights(old, width, support)
-    turned_WS, scaled_wS = np.empty((old, _STRIP), np.uint32), np.empty((width, _STRIP), np.uint32)
+    rows = min(_STRIP, height)
+    turned_WS, scaled_wS = np.empty((old, rows), np.uint32), np.empty((width, rows), np.uint32)
     words_Hw = np.empty((height, width), np.uint32)
-    for top in range(0, height, _STRIP):
-        strip_SW, into_Sw = words_HW[top : top + _STRIP], words_Hw[top : top + _STRIP]
+    for top in range(0, height, rows):
+        strip_SW, into_Sw = words_HW[top : top + rows], words_Hw[top : top + rows]
         for row in range(0, len(strip_SW) - 1, 2):  # two at once: neighbours in the turned strip
             for x in range(old):
                 turned_WS[x, row] = strip_SW[row, x]

@@ -122,10 +122,10 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     from clipkit_data.sources import resolve_shards
-    from clipkit_data.tools.check import check_in_processes
+    from clipkit_data.tools.check import check_in_processes, check_manifests
 
     paths = resolve_shards(args.path)
-    faults: list[dict[str, Any]] = []
+    faults = check_manifests(paths)
     samples = 0
     with progress("checking", len(paths)) as bar:
         for found, readable in check_in_processes(paths, decode=not args.quick, jobs=args.jobs):

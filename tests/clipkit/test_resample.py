@@ -43,8 +43,8 @@ def test_every_value_is_pillows(
     np.testing.assert_array_equal(ours, pillow(pixels_HW4, new, interpolation))
 
 
-@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1023, 1024)])
-def test_photos_of_common_sizes_are_resized_as_pillow_does(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1023, 1024), (300_000, 3), (3, 300_000)])
+def test_large_and_long_pictures_are_resized_as_pillow_does(size: tuple[int, int]) -> None:
     pixels_HW4 = picture(*size, 0, hard=False)
     for new in ((224, 224), (299, 224), (48, 36)):
         np.testing.assert_array_equal(resize(pixels_HW4, new, "bicubic"), pillow(pixels_HW4, new, "bicubic"))

@@ -48,6 +48,22 @@ def test_check_says_what_is_wrong(
     assert len(err.splitlines()) == 1
 
 
+def test_check_names_a_damaged_manifest_and_index_mends_it(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["shards", "index", str(shards)]) == 0
+    assert main(["shards", "check", str(shards)]) == 0
+    manifest = shards / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    capsys.readouterr()
+    assert main(["shards", "check", str(shards), "--json"]) == 1
+    (fault,) = json.loads(capsys.readouterr().out)
+    assert (fault["shard"], fault["reason"]) == (str(manifest), "damaged manifest")
+    assert "it is not used" in fault["detail"]
+    assert main(["shards", "index", str(shards)]) == 0
+    assert main(["shards", "check", str(shards)]) == 0
+
+
 def test_quick_check_decodes_nothing(
     write_shard: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -151,7 +151,6 @@ def test_epochs_are_what_the_caller_calls_so(shards: Path) -> None:
     assert [batch.epoch for batch in take(3, shards)] == [0, 1, 2]
     stream = StreamBatches(shards, PREPROCESS, None, batch_size=4, samples_per_epoch=10)
     assert stream.steps_per_epoch == 2.5
-    assert not stream.exact
 
 
 def test_a_sample_that_comes_again_is_changed_anew(write_shard: WriteShard) -> None:

@@ -221,7 +221,6 @@ class StreamBatches:
         retry: How transient faults of a server are met.
 
     Attributes:
-        exact: False: two runs need not see the same samples.
         quarantine: What this rank left out.
 
     Raises:
@@ -230,8 +229,6 @@ class StreamBatches:
         InputError: They cannot be listed.
         DataError: When iterated: ten shards or a hundred samples in a row that cannot be read, or too many.
     """
-
-    exact = False
 
     def __init__(
         self,

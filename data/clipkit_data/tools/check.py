@@ -1,11 +1,13 @@
-"""Verifying several shards at once: `check_shard` of each, by several processes."""
+"""Verifying several shards at once: `check_shard` of each, by several processes, and their manifests."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkit_data.shards.scan import check_shard
+from clipkit.errors import DataError
+from clipkit_data.shards.manifest import MANIFEST, parse_manifest
+from clipkit_data.shards.scan import Fault, check_shard
 from clipkit_data.tools.job import each, jobs_or_cores
 
 
@@ -26,6 +28,20 @@ def check_in_processes(
         NotFoundError, DataError: A shard is not there or cannot be read.
     """
     return each(_Check(decode), list(shards), jobs_or_cores(jobs))
+
+
+def check_manifests(shards: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """The faults of the manifests in the folders of local shards, as JSON."""
+    local = [Path(shard) for shard in shards if "://" not in str(shard)]
+    faults = []
+    for path in dict.fromkeys(shard.parent / MANIFEST for shard in local):
+        if path.is_file():
+            try:
+                parse_manifest(path.read_bytes(), str(path))
+            except (DataError, OSError) as error:
+                detail = f"{error}; it is not used, `clipkit shards index` makes it anew"
+                faults.append(Fault(str(path), None, None, "damaged manifest", detail).to_json())
+    return faults
 
 
 @dataclass(frozen=True)
