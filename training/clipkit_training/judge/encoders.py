@@ -88,7 +88,9 @@ def judge_encoder(
     train_data, data = _sources(recipe, train_data, data)
     encoder, seed = load_encoder(model, device), recipe.seed if recipe else 0
     views = recipe.data.make_views(encoder.preprocess.size) if recipe else None
-    kinds = {"": encoder} | ({"untrained": untrained(encoder, seed)} if baselines else {})
+    kinds = {"": encoder}  # `report_encoder` makes its own untrained one
+    if baselines and (encoder.modality == "text" or not label):
+        kinds["untrained"] = untrained(encoder, seed)
     if label or not (pairs or data):
         report = _labelled(
             name, encoder, data, train_data, label,
