@@ -4,7 +4,7 @@ Pillow scales in two passes, the rows of pixels first, with weights of 22 bits a
 and clips to 8 bits after each. The order shows at sharp edges and the rounding in every pixel, so both are
 kept. What is faster is the layout: both passes are sums of rows, whose bytes the processor multiplies by
 the vector, and the first turns the picture for that, a strip of rows at a time and by whole pixels. Numba
-compiles it once on a machine, in three seconds.
+compiles it once on a machine, in some seconds.
 
 Source: Pillow 13, `src/libImaging/Resample.c`.
 
@@ -46,7 +46,7 @@ def _compiled(signature: Any) -> Callable[..., Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(signature, nogil=True, cache=True)(function)
-        except RuntimeError:  # no folder to keep it in can be written to
+        except (RuntimeError, OSError):  # no folder to keep it in can be written to, or the disk is full
             return numba.njit(signature, nogil=True)(function)
 
     return decorate

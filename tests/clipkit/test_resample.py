@@ -1,5 +1,7 @@
 """Resizing beside Pillow's: every value, whatever the sizes, the strides and the filter."""
 
+import errno
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -56,6 +58,20 @@ def test_a_part_of_a_picture_that_must_not_be_written_to() -> None:
     for part_HW4 in (whole_HW4[3:50, 7:80], whole_HW4[:60:2, ::3], whole_HW4[::-1, 5:]):
         for new in ((20, 30), (100, 8)):  # the second scales columns first
             np.testing.assert_array_equal(resize(part_HW4, new, "bicubic"), pillow(part_HW4, new, "bicubic"))
+
+
+def test_a_full_disk_costs_the_kept_code_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.FunctionCache.save_overload", full)
+    half = resample._compiled("float64(float64)")(_half)
+    assert half(5.0) == 2.5
+    assert not half.stats.cache_path
+
+
+def _half(number: float) -> float:
+    return number / 2
 
 
 def test_code_is_compiled_anew_where_it_cannot_be_kept() -> None:

@@ -18,6 +18,7 @@ HEAVY = (
     "open_clip",
     "timm",
     "faiss",
+    "numba",
     "sklearn",
     "fastapi",
     "uvicorn",

@@ -17,7 +17,7 @@ from clipkit_training.judge.features import untrained
 from clipkit_training.judge.live import report_live, rounded
 from clipkit_training.judge.raw import letters
 from clipkit_training.judge.report import report_encoder
-from clipkit_training.judge.sentences import EmbedTexts, embed_texts, read_scored_pairs, sts
+from clipkit_training.judge.sentences import EmbedTexts, ScoredPair, embed_texts, read_scored_pairs, sts
 from clipkit_training.judge.wordings import read_wordings, wordings_recall
 from clipkit_training.recipe import Recipe, load_recipe
 
@@ -88,6 +88,9 @@ def judge_encoder(
     train_data, data = _sources(recipe, train_data, data)
     encoder, seed = load_encoder(model, device), recipe.seed if recipe else 0
     views = recipe.data.make_views(encoder.preprocess.size) if recipe else None
+    # read first: a mistake in them must not cost the minutes that the probes take
+    tasks = {Path(file).stem: read_scored_pairs(file) for file in pairs}
+    wordings = _wordings(recipe if encoder.modality == "text" else None, data, wording)
     kinds = {"": encoder}  # `report_encoder` makes its own untrained one
     if baselines and (encoder.modality == "text" or not label):
         kinds["untrained"] = untrained(encoder, seed)
@@ -99,8 +102,7 @@ def judge_encoder(
     else:
         found = {kind: _without_label(judged, data, views, seed) for kind, judged in kinds.items()}
         report = found.pop("") | found
-    wordings = _wordings(recipe if encoder.modality == "text" else None, data, wording)
-    for kind, figures in _of_sentences(kinds, pairs, wordings).items():
+    for kind, figures in _of_sentences(kinds, tasks, wordings).items():
         into = report.setdefault(kind, {}) if kind else report
         into.update(figures)
     return {"model": name} | report
@@ -170,13 +172,14 @@ def _wordings(recipe: Recipe | None, data: Sequence[str], field: str | None) -> 
 
 
 def _of_sentences(
-    kinds: Mapping[str, Encoder], pairs: Sequence[str], wordings: Sequence[tuple[str, str]]
+    kinds: Mapping[str, Encoder],
+    tasks: Mapping[str, Sequence[ScoredPair]],
+    wordings: Sequence[tuple[str, str]],
 ) -> dict[str, dict[str, float]]:
     """Figures of scored pairs and of other wordings, for each kind of features."""
     embed: dict[str, EmbedTexts] = {kind: partial(embed_texts, encoder) for kind, encoder in kinds.items()}
     embed |= {"raw": letters} if len(kinds) > 1 else {}
-    figures: dict[str, dict[str, float]] = {kind: {} for kind in embed} if pairs or wordings else {}
-    tasks = {Path(file).stem: read_scored_pairs(file) for file in pairs}
+    figures: dict[str, dict[str, float]] = {kind: {} for kind in embed} if tasks or wordings else {}
     for kind, into in figures.items():
         if tasks:
             found = sts(embed[kind], tasks)
