@@ -1,6 +1,8 @@
 """What tests of several packages share: embeddings folders from vectors, shards of shapes, a tiny recipe."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +18,13 @@ from webdataset.writer import TarWriter
 from clipkit.files import write_manifest
 
 WriteEmbeddings = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Have what tests, and the processes they start and kill, leave behind deleted with the run's folder."""
+    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
+    tempfile.tempdir = None
 
 
 @pytest.fixture

@@ -337,7 +337,7 @@ def test_wrong_arguments_are_said_before_anything_is_written(class_folders: Path
     assert caught.value.hint == "known: cifar10, cifar100, stl10, imagenet"
     with pytest.raises(NotFoundError, match="no such folder"):
         import_dataset("stl10", tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(ConfigError, match="per_shard must be at least 1"):
+    with pytest.raises(ConfigError, match="samples per shard must be at least 1"):
         import_dataset("imagenet", class_folders, tmp_path / "out", per_shard=0)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ArtifactError, match="already exists"):

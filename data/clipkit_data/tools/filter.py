@@ -110,7 +110,7 @@ def filter_shards(
     """
     criteria.check()
     if per_shard < 1:
-        raise ConfigError(f"per_shard must be at least 1, got {per_shard}")
+        raise ConfigError(f"samples per shard must be at least 1, got {per_shard}")
     processes = jobs_or_cores(jobs)
     where = None if criteria.where is None else Where(criteria.where)
     dataset = ShardDataset(resolve_shards(spec), name=str(spec))

@@ -38,7 +38,7 @@ def cores() -> int:
 def jobs_or_cores(jobs: int | None) -> int:
     """The number of processes that was asked for, or one per core. Raises: ConfigError below 1."""
     if jobs is not None and jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+        raise ConfigError(f"processes (jobs) must be at least 1, got {jobs}")
     return jobs or cores()
 
 

@@ -60,7 +60,7 @@ def write_labelled(samples: Iterable[Labelled], folder: Path, *, per_shard: int 
         ConfigError: `per_shard` is below 1.
     """
     if per_shard < 1:
-        raise ConfigError(f"per_shard must be at least 1, got {per_shard}")
+        raise ConfigError(f"samples per shard must be at least 1, got {per_shard}")
     folder.mkdir(parents=True, exist_ok=True)
     rest, written = iter(samples), 0
     for number, first in enumerate(rest):

@@ -56,7 +56,7 @@ def pack(
         DataError: Nothing could be packed; the message counts the reasons.
     """
     if per_shard < 1:
-        raise ConfigError(f"per_shard must be at least 1, got {per_shard}")
+        raise ConfigError(f"samples per shard must be at least 1, got {per_shard}")
     if is_shards(source):
         raise InputError(f"{source} is shards already", hint="pack takes a folder of pictures or a table")
     processes = jobs_or_cores(jobs)

@@ -56,7 +56,9 @@ def reshard(
         ArtifactError: `out` holds something already, or was begun with other shards or settings.
     """
     if per_shard < 1 or seed < 0:
-        raise ConfigError(f"per_shard must be at least 1 and seed at least 0, got {per_shard} and {seed}")
+        raise ConfigError(
+            f"samples per shard must be at least 1 and the seed at least 0, got {per_shard} and {seed}"
+        )
     processes = jobs_or_cores(jobs)
     dataset = ShardDataset(resolve_shards(spec), name=str(spec))
     settings = {"command": "reshard", "source": dataset.fingerprint(), "per_shard": per_shard}

@@ -58,7 +58,9 @@ def choose(
         NotFoundError: No sample has a key.
     """
     if count < 1 or seed < 0:
-        raise ConfigError(f"count must be at least 1 and seed at least 0, got {count} and {seed}")
+        raise ConfigError(
+            f"samples to show must be at least 1 and the seed at least 0, got {count} and {seed}"
+        )
     if not keys:
         order = epoch_order(seed, 0, len(dataset)) if random else range(len(dataset))
         return [int(position) for position in order[:count]]
@@ -89,7 +91,9 @@ def write_sheet(
         InputError: Another suffix.
     """
     if side < 32 or columns < 1:
-        raise ConfigError(f"side must be at least 32 and columns at least 1, got {side} and {columns}")
+        raise ConfigError(
+            f"the longest side must be at least 32 pixels and columns at least 1, got {side} and {columns}"
+        )
     shown = (_shown(dataset, position, side) for position in positions)
     if Path(out).suffix.lower() in (".html", ".htm"):
         atomic_write(out, _page(dataset.name, shown, side))
