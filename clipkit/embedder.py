@@ -51,8 +51,7 @@ class Embedder:
         if isinstance(model, DualEncoder):
             self.model = model if device is None else model.to(device)
         else:
-            automatic = "cuda" if torch.cuda.is_available() else "cpu"
-            self.model = load_model(model, device if device is not None else automatic)
+            self.model = load_model(model, device if device is not None else "auto")
         self.batch_size = batch_size
         self.max_pixels = max_pixels
         self.max_bytes = max_bytes

@@ -113,6 +113,12 @@ def write_manifest(folder: Path, kind: str, **fields: Any) -> dict[str, Any]:
     return manifest
 
 
+def model_folder(name: Path | str) -> Path:
+    """The model folder meant: the one of that name, or `model` in a run folder of that name."""
+    inner = Path(name) / "model"
+    return inner if (inner / MANIFEST).is_file() and not (Path(name) / MANIFEST).is_file() else Path(name)
+
+
 def read_manifest(folder: Path | str, kind: str, *, verify: bool = True) -> dict[str, Any]:
     """The manifest of an artifact folder.
 

@@ -11,7 +11,7 @@ TARGETS = ("timm", "torchvision", "detection")  # as in clipkit.export, which im
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="model folder, of an encoder or of an image-text model"
+        "model", metavar="MODEL", help="model or run folder, of an encoder or of an image-text model"
     )
     parser.add_argument(
         "--to", required=True, choices=TARGETS, help="who loads it: timm, torchvision or its detectors"
@@ -28,13 +28,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from clipkit.export import export_backbone
-    from clipkit.files import read_manifest
+    from clipkit.files import model_folder, read_manifest
     from clipkit.models import load_encoder
 
     encoder = load_encoder(args.model)
     source = {"model": args.model}
     if Path(args.model).is_dir():
-        source |= read_manifest(args.model, "model", verify=False).get("training", {})
+        source |= read_manifest(model_folder(args.model), "model", verify=False).get("training", {})
         source.pop("shards", None)  # digests, many of them: the model folder has them
     report = export_backbone(encoder, args.to, args.out, source=source)
     if args.json:

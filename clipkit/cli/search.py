@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from clipkit.cli import Command
 from clipkit.cli.output import print_json, print_table
 from clipkit.errors import ClipkitError, InputError
-from clipkit.files import read_manifest
+from clipkit.files import model_folder, read_manifest
 
 if TYPE_CHECKING:
     from clipkit.embedder import Embedder
@@ -91,7 +91,7 @@ def _embedder(index: "Index", name: str | None, device: str | None) -> "Embedder
 def _is_model(folder: Path, index: "Index") -> bool:
     """Whether a folder says that it is the model the index was made with."""
     try:
-        return read_manifest(folder, "model", verify=False).get("fingerprint") == index.model_fingerprint
+        return read_manifest(model_folder(folder), "model", verify=False).get("fingerprint") == index.model_fingerprint
     except ClipkitError:
         return False
 

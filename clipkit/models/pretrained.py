@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.errors import ArtifactError, ConfigError, NotFoundError
-from clipkit.files import MANIFEST
+from clipkit.files import model_folder
 from clipkit.images import Interpolation, Preprocess
 from clipkit.models.dual_encoder import DualEncoder, ModelConfig
 from clipkit.models.encoder import Encoder, EncoderConfig
@@ -34,7 +34,7 @@ def load_model(name: str | Path, device: torch.device | str | None = None) -> Du
         name: A model folder, or the run folder that it is in; `open_clip:NAME/TAG` (or a weights file for
             TAG); `hf:NAME` or `hf:FOLDER` of a CLIP, SigLIP, MetaCLIP 2 or Chinese-CLIP model in
             transformers' format.
-        device: Where to put it; the CPU by default.
+        device: Where to put it; the CPU by default, with "auto" a GPU if there is one.
 
     Raises:
         NotFoundError: An unknown name, or no such folder or file.
@@ -58,7 +58,7 @@ def load_encoder(name: str | Path, device: torch.device | str | None = None) -> 
     Args:
         name: The folder of an encoder; or any name that `load_model` takes, whose image tower it then is,
             without the projection.
-        device: Where to put it; the CPU by default.
+        device: As `load_model`.
 
     Raises:
         NotFoundError, DependencyError, ArtifactError, ConfigError: As `load_model`.
@@ -91,16 +91,16 @@ def _load_folder(name: str | Path) -> DualEncoder | Encoder:
         raise NotFoundError(
             f"no such model folder: {name}", hint="or name one: open_clip:ViT-B-32/laion2b_s34b_b79k, hf:NAME"
         )
-    inner = Path(name) / "model"
-    of_run = (inner / MANIFEST).is_file() and not (Path(name) / MANIFEST).is_file()
-    return load_folder(inner if of_run else name)
+    return load_folder(model_folder(name))
 
 
 def _device(device: torch.device | str | None) -> torch.device:
+    if device is None or device == "auto":
+        device = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(device if device is not None else "cpu")
+        found = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"unknown device {device!r}", hint="for example cpu, cuda or cuda:1") from error
+        raise ConfigError(f"unknown device {device!r}", hint="for example auto, cpu, cuda or cuda:1") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r}: no GPU that torch can use", hint="use cpu")
     return found

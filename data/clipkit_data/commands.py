@@ -32,7 +32,9 @@ def _embed_arguments(parser: argparse.ArgumentParser) -> None:
         "--part-rows", type=int, default=100_000, metavar="N", help="rows per part (default: 100000)"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that decode pictures")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
 
 

@@ -108,7 +108,9 @@ def _filter_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="drop pictures whose cosine with an earlier one is at least this, for example 0.95",
     )
-    parser.add_argument("--device", help="where the model runs: cpu, cuda, cuda:1, mps (default: cpu)")
+    parser.add_argument(
+        "--device", default="auto", help="where the model runs: cpu, cuda, mps (default: a GPU if there is one)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be dropped; needs no OUT")
     jobs_option(parser)
     json_option(parser)

@@ -61,8 +61,7 @@ def load_artifacts(settings: Settings) -> Artifacts:
         ArtifactError: One is damaged; `MismatchError` when the index was made with another model.
     """
     index = Index.open(settings.index) if settings.index else None
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(settings.model, device=device).eval().requires_grad_(False)
+    model = load_model(settings.model, device=settings.device or "auto").eval().requires_grad_(False)
     if index:
         index.check_model(model)
     folder = Path(settings.model)

@@ -223,8 +223,9 @@ def test_towers_that_are_not_of_timm_are_refused(tmp_path: Path) -> None:
         export_backbone(build_model(config, seed=0), "timm", tmp_path / "out")
 
 
+@pytest.mark.parametrize("named", ["model", "."], ids=["the model folder", "the run folder"])
 def test_the_command_exports_the_image_tower_of_a_pair(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = ModelConfig(
         image={"name": "timm", "model": "resnet18"},
@@ -237,7 +238,7 @@ def test_the_command_exports_the_image_tower_of_a_pair(
     save_model(model, tmp_path / "model", training={"step": "clip", "shards": ["0" * 16]})
     parser = parser_for(command, "clipkit export")
     out = tmp_path / "out"
-    args = parser.parse_args([str(tmp_path / "model"), "--to", "timm", "--out", str(out), "--json"])
+    args = parser.parse_args([str(tmp_path / named), "--to", "timm", "--out", str(out), "--json"])
     assert command.run is not None
     assert not command.run(args)
     assert json.loads(capsys.readouterr().out)["features"] == 512
@@ -245,7 +246,7 @@ def test_the_command_exports_the_image_tower_of_a_pair(
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(pixels), model.image(pixels), atol=1e-6, rtol=1e-6)
-    assert read_manifest(out, "export")["source"] == {"model": str(tmp_path / "model"), "step": "clip"}
+    assert read_manifest(out, "export")["source"] == {"model": str(tmp_path / named), "step": "clip"}
 
 
 def test_the_command_offers_every_target() -> None:

@@ -72,7 +72,7 @@ def test_samples_are_chosen(colours: ShardDataset) -> None:
     assert choose(colours, 1, keys=["k3", "bad"]) == [3, 5]
     with pytest.raises(NotFoundError, match="'k9'"):
         choose(colours, 1, keys=["k3", "k9"])
-    with pytest.raises(ConfigError, match="count"):
+    with pytest.raises(ConfigError, match="samples to show"):
         choose(colours, 0)
 
 
@@ -86,7 +86,7 @@ def test_a_key_that_comes_twice_is_shown_twice(write_shard: Callable[..., Path],
 def test_what_cannot_be_written(colours: ShardDataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"name it \.png"):
         write_sheet(colours, [0], tmp_path / "sheet.pdfx")
-    with pytest.raises(ConfigError, match="side"):
+    with pytest.raises(ConfigError, match="longest side"):
         write_sheet(colours, [0], tmp_path / "sheet.png", side=3)
     assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
 

@@ -121,6 +121,9 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="also judge the model with random weights (models trained here only)",
     )
+    parser.add_argument(
+        "--device", default="auto", help="for example cpu or cuda (default: a GPU if there is one)"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
 
 
@@ -142,6 +145,7 @@ def _evaluate(args: argparse.Namespace) -> int | None:
                 pairs=args.sts,
                 wording=args.wording,
                 baselines=args.untrained,
+                device=args.device,
                 advance=bar.advance,
             )
         if args.json:
@@ -161,6 +165,7 @@ def _evaluate(args: argparse.Namespace) -> int | None:
             gallery=args.gallery,
             untrained=args.untrained,
             zero_shot_field=args.zero_shot,
+            device=args.device,
             advance=bar.advance,
         )
     if args.json:

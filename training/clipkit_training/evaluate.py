@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from clipkit.errors import DataError
-from clipkit.files import read_manifest
+from clipkit.files import model_folder, read_manifest
 from clipkit.losses import clip_loss, siglip_loss
 from clipkit.metrics import retrieval_recall
 from clipkit.models import DualEncoder, build_model, load_model
@@ -204,6 +204,7 @@ def evaluate_model(
     gallery: Sequence[str] = (),
     untrained: bool = True,
     zero_shot_field: str | None = None,
+    device: str | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """What `clipkit evaluate` reports.
@@ -216,14 +217,16 @@ def evaluate_model(
         untrained: Also report the same model with random weights from the run's seed (models that clipkit
             trained only).
         zero_shot_field: Metadata field to measure zero-shot accuracy on.
+        device: Where to encode, as `load_model` takes it.
         advance: Called with the number of pairs done.
 
     Returns:
         `{"model", "heldout"?: {"text_to_image": {"recall@1", …}, "image_to_text": {…}, "queries",
         "gallery", "loss"}, "seen"?: {…}, "untrained"?: {"heldout"?: {…}, "seen"?: {…}}}`.
     """
-    model = load_model(name)
-    training = read_manifest(name, "model", verify=False).get("training", {}) if Path(name).is_dir() else {}
+    model = load_model(name, device)
+    folder = model_folder(name)
+    training = read_manifest(folder, "model", verify=False).get("training", {}) if folder.is_dir() else {}
     queries, others = (_distinct(paths) for paths in (data, gallery))
     trained_on = set(training.get("shards", ()))
     sets: dict[str, list[ShardDataset]] = {}
@@ -234,7 +237,7 @@ def evaluate_model(
     wider = [ShardDataset([path]) for path in others if path not in queries]
     models = {"": model}
     if untrained and training:
-        models["untrained"] = build_model(model.config, seed=training["seed"])
+        models["untrained"] = build_model(model.config, seed=training["seed"]).to(model.device)
     result: dict[str, Any] = {"model": name}
     for label, judged in models.items():
         figures = report(judged, sets, wider, zero_shot_field=zero_shot_field, advance=advance)

@@ -72,7 +72,7 @@ def judge_encoder(
         wording: Metadata field with another wording of each held-out sentence, which is then looked for
             (`wordings_recall`); by default the first of the run's `data.more_captions`.
         baselines: Also judge new weights and the raw content.
-        device: Where to encode.
+        device: Where to encode, as `load_model` takes it.
         advance: Called with the number of samples done.
 
     Returns:
