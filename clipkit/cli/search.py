@@ -91,7 +91,10 @@ def _embedder(index: "Index", name: str | None, device: str | None) -> "Embedder
 def _is_model(folder: Path, index: "Index") -> bool:
     """Whether a folder says that it is the model the index was made with."""
     try:
-        return read_manifest(model_folder(folder), "model", verify=False).get("fingerprint") == index.model_fingerprint
+        return (
+            read_manifest(model_folder(folder), "model", verify=False).get("fingerprint")
+            == index.model_fingerprint
+        )
     except ClipkitError:
         return False
 

@@ -100,7 +100,9 @@ def _device(device: torch.device | str | None) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"unknown device {device!r}", hint="for example auto, cpu, cuda or cuda:1") from error
+        raise ConfigError(
+            f"unknown device {device!r}", hint="for example auto, cpu, cuda or cuda:1"
+        ) from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r}: no GPU that torch can use", hint="use cpu")
     return found

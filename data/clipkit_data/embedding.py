@@ -132,8 +132,14 @@ def embed(
         ArtifactError: `out` holds something else.
         DataError: Not one picture could be embedded.
     """
-    if batch_size < 1 or part_rows < 1 or thumbnail_size < 0:
-        raise ConfigError("batch_size and part_rows must be at least 1, thumbnail_size at least 0")
+    sizes = (
+        ("batch size", batch_size, 1),
+        ("rows of a part", part_rows, 1),
+        ("thumbnail size", thumbnail_size, 0),
+    )
+    for what, size, least in sizes:
+        if size < least:
+            raise ConfigError(f"{what} must be at least {least}, got {size}")
     name = "in memory" if isinstance(model, DualEncoder) else str(model)
     rows = open_source(source) if isinstance(source, str | Path) else source
     encoder = model if isinstance(model, DualEncoder) else load_model(model, device)

@@ -89,9 +89,11 @@ def _filter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--where",
         metavar="SQL",
+        action="append",
+        default=[],
         help="keep samples of which this condition is true, in SQLite's language. Columns: key, caption, "
         "words, characters, bytes, format, width, height, aspect (longer by shorter side), json (text); any "
-        "other name is a field of the .json",
+        "other name is a field of the .json; of several, all must hold",
     )
     parser.add_argument(
         "--duplicates", action="store_true", help="drop pictures whose bytes equal an earlier one's"
@@ -109,7 +111,9 @@ def _filter_arguments(parser: argparse.ArgumentParser) -> None:
         help="drop pictures whose cosine with an earlier one is at least this, for example 0.95",
     )
     parser.add_argument(
-        "--device", default="auto", help="where the model runs: cpu, cuda, mps (default: a GPU if there is one)"
+        "--device",
+        default="auto",
+        help="where the model runs: cpu, cuda, mps (default: a GPU if there is one)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be dropped; needs no OUT")
     jobs_option(parser)
@@ -123,7 +127,9 @@ def _filter(args: argparse.Namespace) -> int:
 
     if args.out is None and not args.dry_run:
         raise ConfigError("no folder to write to", hint="name one, or give --dry-run")
-    criteria = Criteria(args.where, args.duplicates, args.min_score, args.near_duplicates, args.model)
+    all_hold = " AND ".join(f"({condition}\n)" for condition in args.where)  # a comment ends with its line
+    where = args.where[0] if len(args.where) == 1 else all_hold or None
+    criteria = Criteria(where, args.duplicates, args.min_score, args.near_duplicates, args.model)
     out = None if args.dry_run else args.out
     with continuable(out) if out else nullcontext():
         result = filter_shards(

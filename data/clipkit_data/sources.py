@@ -99,7 +99,10 @@ def resolve_shards(spec: str | Path | Sequence[str | Path]) -> list[Path | str]:
     if not remote and path.is_dir():
         found = sorted(item for item in path.iterdir() if item.suffix == ".tar" and item.is_file())
         if not found:
-            raise NotFoundError(f"no shards in {path}", hint="a shard is a .tar file")
+            raise NotFoundError(
+                f"no shards in {path}",
+                hint="a shard is a .tar file; clipkit shards pack makes them of pictures",
+            )
         return [*found]
     if "{" in text:
         names = expand_braces(text)

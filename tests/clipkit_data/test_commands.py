@@ -197,6 +197,9 @@ def test_filter(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     printed, err = capsys.readouterr()
     assert json.loads(printed)["kept"] == 2
     assert str(out / "dropped.jsonl") in err
+    both = [*condition, "--where", "name = 'name 9' or name = 'name 2'", "--dry-run", "--json"]
+    assert main(["shards", "filter", str(shards), *both]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == 1
     assert main(["shards", "filter", str(shards), *condition]) == 2
     assert main(["shards", "filter", str(shards), str(out) + "2", "--where", "1 ="]) == 2
     assert main(["shards", "filter", str(shards), str(out) + "2"]) == 2

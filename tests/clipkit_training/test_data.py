@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from clipkit.cli import main
-from clipkit.errors import ClipkitError, ConfigError
+from clipkit.errors import ClipkitError, ConfigError, InputError
 from clipkit_training.recipe import Recipe, load_recipe
 from clipkit_training.run import train_recipe
 from clipkit_training.world import World
@@ -84,6 +84,13 @@ def test_a_recipe_has_one_kind_of_source(tiny_recipe: Path, tmp_path: Path) -> N
             changed(tiny_recipe, tmp_path, **wrong)
     with pytest.raises(ConfigError, match=r"data\.sources"):
         changed(tiny_recipe, tmp_path, train=None, sources={"a": 0})
+
+
+def test_lines_of_text_are_no_pictures(tiny_recipe: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "photos.jsonl"
+    lines.write_text('{"path": "a.png", "caption": "a cat"}\n' * 50)
+    with pytest.raises(InputError, match=r"photos\.jsonl holds lines of text, .*clipkit shards pack"):
+        train_recipe(changed(tiny_recipe, tmp_path, train=str(lines)), tmp_path / "run", ALONE)
 
 
 def test_pictures_are_augmented_alike_in_workers_and_on_the_device(tiny_recipe: Path, tmp_path: Path) -> None:

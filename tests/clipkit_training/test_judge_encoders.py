@@ -14,7 +14,7 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from clipkit.cli.output import print_table
-from clipkit.errors import ConfigError, DataError, InputError
+from clipkit.errors import ConfigError, DataError, InputError, NotFoundError
 from clipkit.losses import alignment
 from clipkit.models import Encoder, EncoderConfig, build_model, save_model
 from clipkit_data.batches.pairs import EvalBatches, Pairs
@@ -298,6 +298,8 @@ def test_a_run_folder_says_what_to_judge_on(run_folder: Path) -> None:
     assert is_encoder(str(run_folder))
     assert find_run(str(run_folder)) == (str(run_folder / "model"), run_folder)
     assert not is_encoder("open_clip:ViT-B-32/openai")
+    with pytest.raises(NotFoundError, match="no such run or model folder: gone"):
+        judge_encoder("gone")
 
 
 def test_a_model_without_a_run_needs_to_be_told(

@@ -74,6 +74,11 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
     assert "clip-emoji" in str(caught.value)
 
 
+def test_a_wrong_override_of_an_open_field_is_not_blamed_on_the_file(tiny_recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tiny\.yaml as changed by the command line: optim\.milestones"):
+        load_recipe(str(tiny_recipe), ["--optim.milestones", "often"])
+
+
 def test_a_wrong_override_ends_with_usage(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load_recipe(str(tiny_recipe), ["--optim.lrr", "1"])

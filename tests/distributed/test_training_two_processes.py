@@ -47,6 +47,7 @@ def test_torchrun_trains_the_same_model(tiny_recipe: Path, tmp_path: Path) -> No
     one = run([sys.executable, *arguments, "--run-dir", "one"], tmp_path)
     two = run([*LAUNCH, *arguments, "--run-dir", "two"], tmp_path)
     results = [json.loads(done.stdout.splitlines()[-1]) for done in (one, two)]
+    assert "Warning" not in two.stderr
     assert [result["processes"] for result in results] == [1, 2]
     losses = []
     for name in ("one", "two"):

@@ -88,5 +88,6 @@ def test_numbers_out_of_range(option: str, value: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
 def test_a_budget_must_be_above_zero(minutes: str, tmp_path: Path) -> None:
     done = clipkit("demo", "--out", "out", "--minutes", minutes, "--no-serve", cwd=tmp_path, code=2)
-    assert "minutes" in done.stderr
+    assert "--minutes" in done.stderr
+    assert "yaml" not in done.stderr
     assert "Traceback" not in done.stderr

@@ -29,6 +29,8 @@ def _train(args: argparse.Namespace) -> int | None:
 
     if args.options:
         load_recipe(args.recipe, ["--help"])
+    if args.resume and args.run is None:
+        raise ConfigError("--resume continues a run folder", hint="name it: --run DIR")
     recipe = load_recipe(args.recipe, args.rest)
     with world_from_environment(recipe.device) as world:
         now = time.localtime(world.agree(int(time.time())))
@@ -209,9 +211,9 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for all artifacts (demo)"
     )
     parser.add_argument("--minutes", type=float, default=3.0, metavar="M", help="training budget (3)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--host", default="127.0.0.1", metavar="H")
-    parser.add_argument("--port", type=int, default=8000, metavar="P")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of weights, order and pictures (0)")
+    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address to serve on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="P", help="port to serve on (8000)")
     parser.add_argument(
         "--serve", action=argparse.BooleanOptionalAction, default=True, help="serve at the end"
     )

@@ -9,16 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit.errors import ArtifactError, ConfigError, DataError
+from clipkit.errors import ArtifactError, ConfigError, DataError, InputError
 from clipkit.files import atomic_write
 from clipkit.models import DualEncoder, Encoder
 from clipkit_data.batches.clips import Clips
-from clipkit_data.batches.content import Pictures
+from clipkit_data.batches.content import Pictures, Texts
 from clipkit_data.batches.loader import TrainBatches
 from clipkit_data.batches.quarantine import BadSample
 from clipkit_data.batches.reads import content_of
 from clipkit_data.batches.stream import StreamBatches
 from clipkit_data.captions import CaptionSampler
+from clipkit_data.lines import LineDataset
 from clipkit_data.records import group_faults
 from clipkit_data.remote.retry import shown
 from clipkit_data.sources import is_streamed, open_dataset
@@ -38,6 +39,7 @@ class TrainingData:
         world: The processes that train together; all must see the same shards.
 
     Raises:
+        InputError: A source holds sentences alone, and the model reads something else.
         DataError: The processes see different shards.
     """
 
@@ -54,6 +56,12 @@ class TrainingData:
         self.streams = is_streamed(data.train)
         specs = {} if self.streams else data.sources or {data.train: 1.0}
         opened = [(open_dataset(spec, name=shown(spec)), weight) for spec, weight in specs.items()]
+        for dataset, _ in opened:
+            if isinstance(dataset, LineDataset) and not isinstance(self.content, Texts):
+                raise InputError(
+                    f"{dataset.name} holds lines of text, the model needs more than that",
+                    hint="make shards of pictures and their captions: clipkit shards pack",
+                )
         opened.sort(key=lambda source: source[0].fingerprint())  # neither the file's order nor places count
         self.datasets = [dataset for dataset, _ in opened]
         self.weights = [weight for _, weight in opened] if data.sources else None

@@ -59,9 +59,14 @@ def run_demo(
         recalls are of captions and pictures of that set against all pictures and captions there are.
 
     Raises:
+        ConfigError: `minutes` is not above 0, or `seed` below.
         PortInUseError: `address` is taken.
         ArtifactError: `out` holds something that is no demo, or a demo with other settings.
     """
+    if not minutes > 0:
+        raise ConfigError(f"--minutes {minutes:g}: training takes more than 0 minutes")
+    if seed < 0:
+        raise ConfigError(f"--seed {seed}: a seed is 0 or more")
     if address:
         check_address(*address)
     started = time.monotonic()

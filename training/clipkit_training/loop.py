@@ -8,6 +8,7 @@ drives the learning rate.
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.errors import ClipkitError
@@ -70,12 +72,7 @@ class Trainer:
         self.model = build_model(recipe.model, seed=recipe.seed).to(world.device)
         self.data = TrainingData(recipe, self.model, world)
         self.method = self._method()
-        # Running statistics are each rank's own: nothing in training reads them.
-        self.parallel = (
-            self.method
-            if world.group is None
-            else DistributedDataParallel(self.method, process_group=world.group, broadcast_buffers=False)
-        )
+        self.parallel = self.method if world.group is None else _parallel(self.method, world.group)
         self.optimizer = build_optimizer(self.method, recipe.optim)
         self.precision = resolve_precision(recipe.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
@@ -221,6 +218,15 @@ class Trainer:
             }
             save_checkpoint(self.run, self.step, self.method, self.optimizer, state, self.bad)
         self.world.barrier()
+
+
+def _parallel(method: Step, group: ProcessGroup) -> DistributedDataParallel:
+    """The Step with gradients averaged over a group."""
+    with warnings.catch_warnings():
+        # Each rank keeps its buffers: nothing in training reads running statistics. What torch 2.13 has
+        # for it still copies those of rank 0 at the start, and older versions lack it.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(method, process_group=group, broadcast_buffers=False)
 
 
 def _seed_of(*key: int) -> int:

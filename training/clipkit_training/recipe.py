@@ -191,7 +191,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), changes: dict[str, Any
     path = find_recipe(name)
     values = {**load_yaml(path), **(changes or {})}
     rest = _set_open(values, overrides)
-    recipe = validate(Recipe, values, where=str(path))
+    changed = " as changed by the command line" if len(rest) < len(overrides) else ""
+    recipe = validate(Recipe, values, where=f"{path}{changed}")
     if not rest:
         return recipe
     return tyro.cli(Recipe, default=recipe, args=rest, prog=f"clipkit train {name}")

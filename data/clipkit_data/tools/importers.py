@@ -61,7 +61,7 @@ def import_dataset(
         ArtifactError: `out` holds something already.
     """
     if kind not in KINDS:
-        raise ConfigError(f"no data set named {kind!r}", hint=f"known: {', '.join(KINDS)}")
+        raise ConfigError(f"no data set named {kind!r}", hint=f"known: {', '.join(KINDS)}, tu")
     if not source.is_dir():
         raise NotFoundError(f"no such folder: {source}", hint="unpack the archive and give its folder")
     return write_splits(KINDS[kind](source), out, per_shard=per_shard, progress=progress)

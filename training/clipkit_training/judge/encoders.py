@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipkit.errors import ConfigError, DataError
+from clipkit.errors import ConfigError, DataError, NotFoundError
 from clipkit.files import read_manifest
 from clipkit.models import Encoder, load_encoder
 from clipkit_data.batches.pairs import Dataset, EvalBatches
@@ -31,8 +31,13 @@ def find_run(name: str) -> tuple[str, Path | None]:
 
     Args:
         name: A run folder, the model folder in it, or any model's name.
+
+    Raises:
+        NotFoundError: No such folder, and no pretrained model's name.
     """
     path = Path(name)
+    if not path.is_dir() and not name.startswith(("open_clip:", "hf:")):
+        raise NotFoundError(f"no such run or model folder: {name}")
     if (path / _CONFIG).is_file() and (path / _MODEL).is_dir():
         return str(path / _MODEL), path
     run = path.parent if path.is_dir() and (path.parent / _CONFIG).is_file() else None
