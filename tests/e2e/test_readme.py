@@ -29,6 +29,12 @@ def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
+def inline(name: str) -> list[str]:
+    """The code in the sentences of a README."""
+    text = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.findall(r"`([^`]+)`", text)
+
+
 def commands(name: str) -> list[str]:
     """The shell commands of a README, without comments."""
     lines = [shlex.split(line, comments=True) for block in blocks(name, "sh") for line in block.splitlines()]
@@ -83,6 +89,8 @@ def test_both_languages_say_the_same() -> None:
     assert commands(english) == commands(chinese)
     code = [[re.sub(r"\s*#.*", "", block) for block in blocks(name, "python")] for name in READMES]
     assert code[0] == code[1]
+    spans = [sorted(" ".join(code.split()) for code in inline(name)) for name in READMES]
+    assert spans[0] == spans[1]
     headings = [re.findall(r"^#+ ", (ROOT / name).read_text(), re.MULTILINE) for name in READMES]
     assert headings[0] == headings[1]
     rows = [len(re.findall(r"^\|", (ROOT / name).read_text(), re.MULTILINE)) for name in READMES]
@@ -92,10 +100,24 @@ def test_both_languages_say_the_same() -> None:
 
 
 def test_make_targets_run_what_they_say(environment: dict[str, str]) -> None:
+    flags = next(
+        code for code in map(str.split, inline("README.md")) if code[:2] == ["make", "demo"] and code[2:]
+    )
+    assert "DEMO_FLAGS=--port 8080" in shlex.split(" ".join(flags))
     for target, wanted in (("demo", "clipkit demo"), ("test", "-m pytest"), ("help", "make demo")):
         words = ["make", "--always-make", *(["-n"] if target != "help" else []), target]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
         assert wanted in done.stdout
+
+
+def test_the_environment_has_the_commands() -> None:
+    typed = next(code for code in inline("README.md") if code.endswith("bin/activate"))
+    typed = typed.replace(".venv", sys.prefix)
+    for command in ("clipkit --version", "torchrun --help"):
+        done = subprocess.run(
+            f"{typed} && {command}", shell=True, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_commands_work(folder: Path, walk: Walk, address: str, environment: dict[str, str]) -> None:
