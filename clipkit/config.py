@@ -16,6 +16,20 @@ from clipkit.errors import ConfigError, NotFoundError
 T = TypeVar("T", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which does not let a key replace an earlier one of the same name."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    problem = f"the key {key.value!r} is there twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 class Config(BaseModel):
     """Base of all configuration: immutable, and unknown keys are refused."""
 
@@ -57,7 +71,7 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise NotFoundError(f"no such file: {path}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

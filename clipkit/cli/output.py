@@ -30,6 +30,11 @@ def complain(message: str, hint: str | None = None, *, code: int) -> int:
     return code
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def print_json(value: Any) -> None:
     """Print one value as one line of JSON (UTF-8; NaN and infinity are refused)."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")

@@ -98,6 +98,7 @@ class ShardDataset:
         self._digests = [bytes.fromhex(entry.digest) for entry in entries]
         self._fault_counts = [entry.faults for entry in entries]
         self._extensions = [entry.extensions for entry in entries]
+        self._contents = [bytes.fromhex(entry.contents) if entry.contents else None for entry in entries]
         for number, one in enumerate(found):
             self.faults += one.faults
             if one.samples is not None:
@@ -107,6 +108,16 @@ class ShardDataset:
     def shard_names(self) -> list[str]:
         """The shards' file names, in order."""
         return [shard_name(path) for path in self.paths]
+
+    @property
+    def total_bytes(self) -> int:
+        """The size of all shards together."""
+        return int(self._bytes.sum())
+
+    @property
+    def cache_limit(self) -> int | None:
+        """How many bytes copies of remote shards may take; None without a limit or remote shards."""
+        return self.files.limit_bytes if self.files is not None and self.remote else None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -169,7 +180,10 @@ class ShardDataset:
         return digest.hexdigest()
 
     def manifest(self) -> list[dict[str, Any]]:
-        """For each shard `{"name", "bytes", "samples", "digest", "faults", "extensions"}`."""
+        """For each shard `{"name", "bytes", "samples", "digest", "faults", "extensions", "contents"}`.
+
+        `contents` is over its samples' CRC-32s, and missing where they are not known.
+        """
         rows = zip(
             self.shard_names,
             self._bytes.tolist(),
@@ -177,6 +191,7 @@ class ShardDataset:
             map(bytes.hex, self._digests),
             self._fault_counts,
             self._extensions,
+            (None if contents is None else contents.hex() for contents in self._contents),
             strict=True,
         )
         return [Entry(*row).to_json() for row in rows]
@@ -192,10 +207,15 @@ class ShardDataset:
                 yield ShardIndex(path, samples, groups=len(samples), bytes=int(self._bytes[number]))
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Start to fetch shards, by number, in the background; nothing happens for those that are here."""
-        wanted = [self.paths[shard] for shard in shards if is_remote(self.paths[shard])]
-        if wanted and self.files is not None:
-            self.files.prefetch(wanted)
+        """Start to fetch shards, by number, in the background; nothing happens for those that are here.
+
+        Nor where together they do not fit the cache: then they would drive out those that are being read.
+        """
+        wanted = [shard for shard in shards if is_remote(self.paths[shard])]
+        if not wanted or self.files is None:
+            return
+        if self.cache_limit is None or self._bytes[wanted].sum() <= self.cache_limit:
+            self.files.prefetch([self.paths[shard] for shard in wanted])
 
     def _samples(self, shard: int) -> SampleTable | EnergonSamples:
         """Where a shard's samples lie."""
@@ -213,7 +233,9 @@ class ShardDataset:
         path = self.paths[shard]
         samples = load_index(path, self.files, log.warning, int(self._bytes[shard])).samples
         assert isinstance(samples, SampleTable | EnergonSamples)
-        if samples.digest != self._digests[shard].hex():
+        contents, known = samples.contents, self._contents[shard]
+        other = contents is not None and known is not None and contents != known.hex()
+        if other or samples.digest != self._digests[shard].hex():
             raise DataError(
                 f"{label(path)} holds other samples than its folder's manifest or its index file said",
                 hint=CHANGED,
@@ -221,7 +243,11 @@ class ShardDataset:
         return samples
 
     def _open(self, shard: int) -> int:
-        """A file handle of the shard; the least recently used one beyond a few is closed."""
+        """A file handle of the shard; the least recently used one beyond a few is closed.
+
+        So are those of copies that have made room in the cache meanwhile: an open file that was removed takes
+        its place on the disk still, uncounted. What stays open is therefore what fits the cache.
+        """
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
@@ -236,9 +262,12 @@ class ShardDataset:
         if os.fstat(file).st_size != self._bytes[shard]:
             os.close(file)
             raise DataError(f"{label(path)}: the shard changed after it was opened", hint=CHANGED)
-        self._files[shard] = file
-        if len(self._files) > _OPEN_FILES:
+        if len(self._files) >= _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
+        if self.files is not None:
+            for other in [other for other, kept in self._files.items() if not os.fstat(kept).st_nlink]:
+                os.close(self._files.pop(other))
+        self._files[shard] = file
         return file
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.cli import Command
-from clipkit.cli.output import print_json, print_table, progress
+from clipkit.cli.output import counted, print_json, print_table, progress
 from clipkit_data.shard_commands import SPEC, continuable, jobs_option, json_option, out_options, report
 
 
@@ -22,19 +22,20 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _stats(args: argparse.Namespace) -> int:
+    from clipkit_data.tools.plots import check_plot, histograms
     from clipkit_data.tools.stats import shard_statistics
 
+    if args.plot:
+        check_plot(args.plot)
     with progress("reading") as bar:
         found = shard_statistics(args.path, jobs=args.jobs, progress=bar.advance)
-    if args.plot:
-        from clipkit_data.tools.plots import histograms
-
-        words = f"{args.path}: {found.summary['samples']:,} samples"
-        histograms(found.values, args.plot, title=words)
     if args.json:
         print_json(found.summary)
     else:
         _print_statistics(found.summary)
+    if args.plot:  # what was counted is printed by now, whatever befalls the file
+        words = f"{args.path}: {found.summary['samples']:,} samples"
+        histograms(found.values, args.plot, title=words)
     return 0
 
 
@@ -47,7 +48,7 @@ def _print_statistics(summary: dict[str, Any]) -> None:
     counts += [[f"fault: {reason}", count] for reason, count in summary["faults"].items()]
     print_table([[name, f"{count:,}"] for name, count in counts], ("count", ""))
     known = {name: numbers for name, numbers in summary["per_sample"].items() if numbers}
-    columns = list(known["bytes"]) if known else []
+    columns = list(next(iter(known.values()), {}))
     rows = [[name, *(f"{numbers[column]:,.4g}" for column in columns)] for name, numbers in known.items()]
     sys.stdout.write("\n")
     print_table(rows, ("per sample", *columns))
@@ -96,7 +97,9 @@ def _filter_arguments(parser: argparse.ArgumentParser) -> None:
         "other name is a field of the .json; of several, all must hold",
     )
     parser.add_argument(
-        "--duplicates", action="store_true", help="drop pictures whose bytes equal an earlier one's"
+        "--duplicates",
+        action="store_true",
+        help="drop pictures (clips, graphs, texts) whose bytes equal an earlier one's",
     )
     parser.add_argument(
         "--model", help="for the next two: a model folder, open_clip:NAME/PRETRAINED or hf:NAME"
@@ -141,8 +144,8 @@ def _filter(args: argparse.Namespace) -> int:
             device=args.device,
             bars=progress,
         )
-    words = f"{args.path}: {result['kept']} of {result['samples']} samples "
-    words += f"kept, in {result['shards']} shards: {out}" if out else "would be kept"
+    words = f"{args.path}: {result['kept']} of {counted(result['samples'], 'sample')} "
+    words += f"kept, in {counted(result['shards'], 'shard')}: {out}" if out else "would be kept"
     report(words, result["dropped"], str(Path(out) / DROPPED) if out else "", "dropped")
     if out and result["faults"]:
         report("in the source:", result["faults"], str(Path(out) / FAULTS), "fault")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.cli import Command
-from clipkit.cli.output import print_json, print_table, progress
+from clipkit.cli.output import counted, print_json, print_table, progress
 
 SPEC = "a folder of shards, one .tar, a pattern, a URL or sample:NAME"
 _FAULT = ("shard", "sample", "offset", "reason", "detail")
@@ -77,7 +77,7 @@ def _pack(args: argparse.Namespace) -> int:
 
     with continuable(args.out), progress("packing") as bar:
         result = pack(args.source, args.out, per_shard=args.per_shard, jobs=args.jobs, progress=bar.advance)
-    words = f"{args.out}: {result['samples']} samples in {result['shards']} shards"
+    words = f"{args.out}: {counted(result['samples'], 'sample')} in {counted(result['shards'], 'shard')}"
     report(words, result["faults"], str(Path(args.out) / FAULTS))
     if args.json:
         print_json(result)
@@ -103,8 +103,10 @@ def _index(args: argparse.Namespace) -> int:
         print_json(result)
     else:
         print_faults(result["faults"])
-    words = f"{result['shards']} shards, {result['samples']} readable samples"
-    sys.stderr.write(f"{args.path}: {words}, {len(result['faults'])} faults; {result['manifest']}\n")
+    words = f"{counted(result['shards'], 'shard')}, {counted(result['samples'], 'readable sample')}"
+    sys.stderr.write(
+        f"{args.path}: {words}, {counted(len(result['faults']), 'fault')}; {result['manifest']}\n"
+    )
     if args.energon:
         for path in paths:
             export_energon_index(Path(path))
@@ -136,7 +138,8 @@ def _check(args: argparse.Namespace) -> int:
         print_json(faults)
     else:
         print_faults(faults)
-    sys.stderr.write(f"{args.path}: {len(paths)} shards, {samples} readable samples, {len(faults)} faults\n")
+    words = counted(len(paths), "shard"), counted(samples, "readable sample"), counted(len(faults), "fault")
+    sys.stderr.write(f"{args.path}: {', '.join(words)}\n")
     return 1 if faults else 0
 
 
@@ -162,7 +165,7 @@ def _reshard(args: argparse.Namespace) -> int:
             jobs=args.jobs,
             progress=bar.advance,
         )
-    words = f"{args.out}: {result['samples']} samples in {result['shards']} shards"
+    words = f"{args.out}: {counted(result['samples'], 'sample')} in {counted(result['shards'], 'shard')}"
     report(words, result["faults"], str(Path(args.out) / FAULTS), "fault of the source")
     if args.json:
         print_json(result)

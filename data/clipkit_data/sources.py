@@ -7,30 +7,24 @@ Shards may also lie elsewhere (`s3://…`, `https://…`); `clipkit_data.remote.
 """
 
 import glob
-import hashlib
-import json
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from braceexpand import braceexpand
 
 from clipkit.errors import InputError, NotFoundError
-from clipkit_data.records import Record, RecordError, RecordSource, SampleFault, parse_caption, parse_meta
+from clipkit_data.loose import folder_source, table_source
+from clipkit_data.records import Record, RecordError, RecordSource, SampleFault
 from clipkit_data.remote.storage import is_http, is_remote, list_shards
-from clipkit_data.tables import TABLE_SUFFIXES, read_table
+from clipkit_data.tables import TABLE_SUFFIXES
 
 if TYPE_CHECKING:
     from clipkit_data.dataset import ShardDataset
     from clipkit_data.lines import LineDataset
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-# Pictures that clipkit does not decode: listed all the same, so that they are reported and not passed over.
-OTHER_PICTURES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2")
 DRAWN = {
     "moving": ("train", "recombined", "heldout"),
     "families": ("train", "heldout"),
@@ -172,128 +166,6 @@ def is_shards(spec: str | Path) -> bool:
     if ("{" in text or "*" in text) and not path.exists():
         return True
     return path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar")))
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One picture of a folder or table: the file, what it is called, its caption and its other columns."""
-
-    file: Path
-    key: str
-    caption: str | None
-    meta: dict[str, Any] = field(default_factory=dict)
-    beside: bool = False
-    """Whether a `.txt` and a `.json` of the same name beside the picture are its caption and meta."""
-
-
-class FileSource:
-    """Pictures that lie in files of their own, with captions from a folder or a table.
-
-    Args:
-        rows: The pictures in order.
-        faults: What could not even become a row (for example a broken line of a table).
-        name: What to call them in messages and manifests.
-    """
-
-    def __init__(
-        self, rows: Sequence[Row], faults: Sequence[SampleFault] = (), name: str = "pictures"
-    ) -> None:
-        self.name = name
-        self.rows = rows
-        self.faults = list(faults)
-
-    @property
-    def has_captions(self) -> bool:
-        """Whether any picture has a caption (a folder always has: the file name stands in)."""
-        return any(row.caption is not None for row in self.rows)
-
-    def key(self, position: int) -> str:
-        """The path of the picture at a position."""
-        return self.rows[position].key
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> Record:
-        """The record at a position. Raises: RecordError."""
-        row = self.rows[position]
-        try:
-            image = row.file.read_bytes()
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-            reason = "missing file" if missing else "unreadable file"
-            raise RecordError(f"{row.file}: {error.strerror or error}", reason) from error
-        except ValueError as error:  # a NUL inside the path
-            raise RecordError(f"{row.key!r} is no path: {error}", "missing file") from error
-        return Record((0, position), row.key, image, *_caption(row))
-
-    def fingerprint(self) -> str:
-        """SHA-256 over paths, sizes, captions and other columns."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            line = [row.key, _size(row.file), row.caption, row.meta]
-            digest.update(
-                json.dumps(line, ensure_ascii=False, sort_keys=True, default=str).encode(
-                    "utf-8", "surrogatepass"
-                )
-            )
-        return digest.hexdigest()
-
-
-def _size(path: Path) -> int | None:
-    """Bytes in a file, None when there is none (or no such path can be)."""
-    try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):
-        return None
-
-
-def _caption(row: Row) -> tuple[str | None, dict[str, Any]]:
-    """Caption and meta of a row: what stands beside the picture in `.txt` and `.json` comes first."""
-    caption, meta = row.caption, row.meta
-    if row.beside:
-        text, data = row.file.with_suffix(".txt"), row.file.with_suffix(".json")
-        try:
-            caption = parse_caption(text.read_bytes(), str(text)) if text.is_file() else caption
-            meta = parse_meta(data.read_bytes(), str(data)) if data.is_file() else meta
-        except OSError as error:
-            raise RecordError(f"{error.filename}: {error.strerror}", "unreadable file") from error
-    return caption, meta
-
-
-def caption_from_name(path: Path) -> str:
-    """A caption from a file name: `red_fire-truck.jpg` is "red fire truck"."""
-    return " ".join(path.stem.replace("_", " ").replace("-", " ").split())
-
-
-def folder_source(folder: Path) -> FileSource:
-    """All pictures below a folder, by path; hidden files and folders are passed over."""
-    known = PICTURE_SUFFIXES + OTHER_PICTURES
-    rows = []
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.suffix.lower() in known and not any(part.startswith(".") for part in inside.parts):
-            rows.append(Row(path, inside.as_posix(), caption_from_name(path), beside=True))
-    if not rows:
-        raise NotFoundError(f"no pictures in {folder}", hint=f"looked for {', '.join(PICTURE_SUFFIXES)}")
-    return FileSource(rows, name=str(folder))
-
-
-def table_source(path: Path, *, captions: bool) -> FileSource:
-    """The pictures that a table names; relative paths start at the table's folder.
-
-    Args:
-        path: CSV, TSV, JSONL or Parquet with a column `path`, and `caption` unless `captions` is false.
-        captions: Whether the column `caption` must be there.
-    """
-    rows, faults = [], []
-    for position, (row, fault) in enumerate(read_table(path, captions=captions)):
-        if fault:
-            faults.append(SampleFault(position, str(row.get("path") or ""), fault[0], fault[1]))
-            continue
-        name, caption = row.pop("path"), row.pop("caption", None)
-        rows.append(Row(path.parent / name, name, caption, row))
-    return FileSource(rows, faults, name=str(path))
 
 
 def open_source(spec: str | Path, *, captions: bool = False) -> RecordSource:

@@ -104,6 +104,11 @@ def test_yaml_round_trip_and_faults(tmp_path: Path) -> None:
     path.write_text("a: 1\nb: [1, 2\n")
     with pytest.raises(ConfigError, match=r"r\.yaml line \d+: not YAML"):
         load_yaml(path)
+    path.write_text("a: 1\nb:\n  c: 2\n  c: 3\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml line 4: .*'c' is there twice"):
+        load_yaml(path)
+    path.write_text("a: &one {x: 1, y: 2}\nb: {<<: *one, y: 3}\n")
+    assert load_yaml(path)["b"] == {"x": 1, "y": 3}
     path.write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match="found list"):
         load_yaml(path)

@@ -1,5 +1,7 @@
 """Augmentation: off is off, each change does what it says, and a picture's fate is its own."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def pictures(count: int, side: int = 33) -> Tensor:
 
 
 def run(
-    images: Tensor, config: AugmentConfig, *, seed: int = 1, epoch: int = 0, first: int = 0, **more: int
+    images: Tensor, config: AugmentConfig, *, seed: int = 1, epoch: int = 0, first: int = 0, **more: Any
 ) -> Tensor:
     ids = np.arange(first, first + len(images))
     return augment(images, config, seed=seed, epoch_N=np.full(len(images), epoch), id_N=ids, **more)

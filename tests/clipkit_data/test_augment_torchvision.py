@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,11 +147,59 @@ def test_crops_follow_torchvisions_law(height: int, area: tuple[float, float]) -
     assert abs(whole[0] - whole[1]) < 0.04
 
 
-def test_factors_and_orders_follow_torchvisions_law() -> None:
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 36), (20, 64)], ids=["4:3", "9:16", "wide"])
+@pytest.mark.parametrize("area", [(0.08, 1.0), (0.9, 1.0)])
+def test_crops_of_squashed_pictures_are_those_of_the_whole(
+    height: int, width: int, area: tuple[float, float]
+) -> None:
     torch.manual_seed(0)
-    law = T.ColorJitter(0.4, 0.4, 0.2, 0.1)
+    law = T.RandomResizedCrop(SIDE, scale=area)
+    image = [torch.zeros(3, 1, 1).expand(3, 64 * height, 64 * width)]
+    drawn = [law.make_params(image) for _ in range(DRAWS)]
+    theirs = np.array([[box[side] for side in ("top", "left", "height", "width")] for box in drawn], float)
+    config, ratio_N = AugmentConfig(area=area, aspect=(3 / 4, 4 / 3)), np.full(DRAWS, width / height)
+    boxes = draws._boxes(uniforms(), config, 64 * SIDE, 64 * SIDE, ratio_N).astype(float)
+    boxes[:, [0, 2]] *= height / SIDE
+    boxes[:, [1, 3]] *= width / SIDE
+    for measure in (
+        lambda box: box[:, 2] * box[:, 3],
+        lambda box: box[:, 3] / box[:, 2],
+        lambda box: box[:, 0],
+        lambda box: box[:, 1],
+    ):
+        assert apart(measure(boxes), measure(theirs)) < 1
+    assert (boxes[:, :2] + boxes[:, 2:] <= [64 * height, 64 * width]).all()
+
+
+@pytest.mark.parametrize("config", [{}, {"square": True}, {"area": (0.3, 0.5)}], ids=str)
+def test_squashed_pictures_come_out_unsquashed(config: dict[str, Any]) -> None:
+    """A disc in a wide and in a tall picture is a disc in every view that has all of it."""
+    for high, wide in ((96, 192), (192, 96)):
+        y, x = np.mgrid[:high, :wide]
+        disc = ((y - high / 2 + 0.5) ** 2 + (x - wide / 2 + 0.5) ** 2 < 30**2).astype(np.uint8) * 255
+        whole = torch.from_numpy(disc)[None, None].expand(1, 3, -1, -1).contiguous()
+        squashed = TF.resize(whole, [256, 256], antialias=True).expand(40, -1, -1, -1)
+        views = augment(
+            squashed, AugmentConfig(**config), seed=1, epoch_N=np.zeros(40, int), id_N=np.arange(40), size=96,
+            ratio_N=np.full(40, wide / high),
+        )  # fmt: skip
+        seen = 0
+        for view in (views[:, 0] > 127).numpy():
+            rows, columns = np.flatnonzero(view.any(1)), np.flatnonzero(view.any(0))
+            ends = {0, 95} & {*rows[[0, -1]], *columns[[0, -1]]} if len(rows) else {0}
+            if not ends:
+                seen += 1
+                assert abs(np.ptp(columns) - np.ptp(rows)) <= 2
+        assert seen >= 5
+
+
+@pytest.mark.parametrize("strength", [(0.4, 0.4, 0.2, 0.1), (1.2, 1.0, 1.5, 0.3)])
+def test_factors_and_orders_follow_torchvisions_law(strength: tuple[float, float, float, float]) -> None:
+    torch.manual_seed(0)
+    law = T.ColorJitter(*strength)
     drawn = [law.make_params([]) for _ in range(DRAWS)]
-    config = AugmentConfig(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    names = ("brightness", "contrast", "saturation", "hue")
+    config = AugmentConfig.model_validate(dict(zip(names, strength, strict=True)))
     steps = draws._blends(uniforms(), config)[:4]
     changes = {
         "brightness_factor": 1 + sum((s.own - 1) * (s.grey + s.mean == 0) for s in steps),
@@ -158,6 +207,7 @@ def test_factors_and_orders_follow_torchvisions_law() -> None:
         "saturation_factor": 1 - sum(s.grey for s in steps),
         "hue_factor": sum(s.hue for s in steps),
     }
+    assert all(np.min(changes[f"{name}_factor"]) >= 0 for name in names[:3])
     for name, mine in changes.items():
         assert apart(np.asarray(mine), np.array([params[name] for params in drawn])) < 1
     kinds = np.stack([1 * (s.mean != 0) + 2 * (s.grey != 0) + 3 * (s.hue != 0) for s in steps])

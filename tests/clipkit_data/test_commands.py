@@ -1,5 +1,6 @@
 """The commands as a person types them: output, exit codes, one-line errors."""
 
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 from clipkit.cli import main
 from clipkit.models import ModelConfig, build_model, save_model
 from clipkit_data.commands import shards as shards_command
-from clipkit_data.tools import pack
+from clipkit_data.tools import pack, plots, stats
 
 MODEL = ModelConfig.model_validate(
     {
@@ -165,6 +166,34 @@ def test_stats(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["shards", "stats", str(shards), "--jobs", "0"]) == 2
 
 
+def test_stats_looks_at_the_plots_name_before_it_reads(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "save_picture", fill_the_disk)
+    (tmp_path / "folder.png").mkdir()
+    read = stats.shard_statistics
+    monkeypatch.setattr(stats, "shard_statistics", None)  # what is refused now was refused before
+    for name, words in (
+        ("plot.txt", "name it .png"),
+        ("plot.pdf", "name it .png"),
+        ("folder.png", "is a folder"),
+        ("shards/00000.tar/plot.png", "is no folder"),
+    ):
+        assert main(["shards", "stats", str(shards), "--plot", str(tmp_path / name)]) == 2
+        out, err = capsys.readouterr()
+        assert not out
+        assert words in err
+    monkeypatch.setattr(stats, "shard_statistics", read)
+    assert main(["shards", "stats", str(shards), "--plot", str(tmp_path / "plot.png")]) == 1
+    out, err = capsys.readouterr()
+    assert ["samples", "13"] in [line.split() for line in out.splitlines()], "printed all the same"
+    assert "No space left" in err
+
+
+def fill_the_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "plot.png")
+
+
 def test_show(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = str(tmp_path / "sheet.png")
     assert main(["shards", "show", str(shards), sheet, "--keys", "000000009", "000000002", "--json"]) == 0
@@ -173,6 +202,9 @@ def test_show(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "2 of 13 samples" in err
     assert main(["shards", "show", str(shards), sheet, "--keys", "none"]) == 2
     assert "no sample of" in capsys.readouterr().err
+    assert main(["shards", "show", str(shards), str(tmp_path / "sheet.pdf")]) == 2
+    assert "name it .png, .webp or .jpg" in capsys.readouterr().err
+    assert not (tmp_path / "sheet.pdf").exists()
 
 
 def test_reshard(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,3 +273,19 @@ def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str
         main([*command, "--help"])
     assert left.value.code == 0
     assert "examples:\n  clipkit " in capsys.readouterr().out
+
+
+def test_check_fails_where_a_shard_of_the_manifest_is_gone(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["shards", "index", str(shards)]) == 0
+    (shards / "00001.tar").unlink()
+    capsys.readouterr()
+    assert main(["shards", "check", str(shards), "--json"]) == 1
+    out, err = capsys.readouterr()
+    (fault,) = json.loads(out)
+    assert (fault["shard"], fault["reason"]) == (str(shards / "00001.tar"), "missing shard")
+    assert "`clipkit shards index` if it was removed on purpose" in fault["detail"]
+    assert "1 shard, 7 readable samples, 1 fault" in err
+    assert main(["shards", "index", str(shards)]) == 0
+    assert main(["shards", "check", str(shards)]) == 0

@@ -1,13 +1,24 @@
 """Random crops of whole pictures: torchvision's law, keyed draws, and boxes that fit."""
 
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+from clipkit.images import Preprocess
+from clipkit_data.batches.content import WholePictures
+from clipkit_data.batches.loader import TrainBatches
+from clipkit_data.dataset import ShardDataset
+from clipkit_data.pictures.augment import AugmentConfig
 from clipkit_data.pictures.crop import CropConfig
+from clipkit_data.pictures.views import ViewsConfig, ViewSpec, family
 
 
 def boxes(config: CropConfig, count: int, width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -88,3 +99,32 @@ def test_ranges_are_smallest_then_largest() -> None:
         CropConfig(scale=(1.0, 0.5))
     with pytest.raises(ValueError, match="smallest, largest"):
         CropConfig(ratio=(2.0, 0.5))
+
+
+@pytest.mark.parametrize(("workers", "cache"), [(0, False), (0, True), (2, False)])
+def test_views_are_cut_from_the_whole_picture(
+    write_shard: Callable[..., Path], workers: int, cache: bool
+) -> None:
+    """What lies beside the central square of a wide picture comes into views, wherever they are made."""
+    pixels = np.zeros((90, 160, 3), np.uint8)
+    pixels[:, :30, 0] = pixels[:, -30:, 2] = 255
+    with BytesIO() as file:
+        Image.fromarray(pixels).save(file, "PNG")
+        samples = [{"__key__": f"{i:04d}", "png": file.getvalue(), "txt": b"a"} for i in range(12)]
+    data, views = ShardDataset([write_shard("00000.tar", samples)]), family("moco_v2", 32)
+    content = WholePictures(Preprocess(size=64))
+    batches = TrainBatches(data, content, None, batch_size=12, workers=workers, cache=cache, seed=3)
+    there = next(iter(batches))
+    assert there.images.shape == (12, 3, 64, 64)
+    assert there.ratios is not None
+    assert there.ratios.tolist() == [160 / 90] * 12
+    inside = TrainBatches(data, content, None, batch_size=12, workers=workers, augment=views, seed=3)
+    here = next(iter(inside)).views
+    later = there.augmented(views, 3).views
+    assert all(torch.equal(one, other) for one, other in zip(here, later, strict=True))
+    plain = ViewsConfig(
+        views=(ViewSpec(augment=AugmentConfig(area=(0.08, 1), aspect=(3 / 4, 4 / 3)), size=32),)
+    )
+    view_BCSS = there.augmented(plain, 3).views[0].float()
+    assert (view_BCSS[:, 0].amax((1, 2)) > 200).any()
+    assert (view_BCSS[:, 2].amax((1, 2)) > 200).any()

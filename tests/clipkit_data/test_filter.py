@@ -104,6 +104,58 @@ def test_a_duplicate_of_what_is_dropped_is_kept(mixed: Path, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
 
 
+def test_clips_are_compared_by_all_their_frames(
+    write_shard: Callable[..., Path], tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    one, two = picture(1), picture(2)
+    clips = [(one, two), (one, one), (one, two), (one,), (one, two, two), (two, one)]
+    samples = [
+        {"__key__": str(number), **{f"{place}.png": frame for place, frame in enumerate(frames)}}
+        for number, frames in enumerate(clips)
+    ]
+    write_shard("clips/00000.tar", samples)
+    result = filter_shards(tmp_path / "clips", tmp_path / "out", Criteria(duplicates=True))
+    assert result["dropped"] == {"duplicate": 1}
+    assert [line["key"] for line in dropped(tmp_path / "out")] == ["2"]
+    large = Criteria(where=f"bytes = {len(one) + 2 * len(two)} and width = 24")
+    assert filter_shards(tmp_path / "clips", None, large)["kept"] == 1
+
+
+def test_what_is_no_picture_is_judged_as_well(
+    write_shard: Callable[..., Path], tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    write_shard("texts/00000.tar", [{"__key__": str(n), "txt": f"text {n % 3}".encode()} for n in range(4)])
+    texts = filter_shards(tmp_path / "texts", None, Criteria(where="words > 0", duplicates=True))
+    assert texts == {"samples": 4, "kept": 3, "dropped": {"duplicate": 1}}
+    others = [
+        {"__key__": "0", "mp4": b"video", "txt": b"a video"},
+        {"__key__": "1", "graph.npz": b"graph", "txt": b"a graph"},
+        {"__key__": "2", "graph.npz": b"graph", "txt": b"that graph"},
+        {"__key__": "3", "png": picture(3), "txt": b"a picture"},
+        {"__key__": "4", "png": b"video", "txt": b"no picture"},
+        {"__key__": "5", "png": b"", "txt": b"nothing at all"},
+    ]
+    write_shard("others/00000.tar", others)
+    found = filter_shards(tmp_path / "others", None, Criteria(where="width is null", duplicates=True))
+    faults = {"picture format": 1, "picture empty": 1}
+    assert found == {"samples": 6, "kept": 2, "dropped": {"duplicate": 1, "where": 1} | faults}
+
+
+def test_a_fault_may_hold_any_text(
+    write_shard: Callable[..., Path], tmp_path: Path, picture: Callable[..., bytes], model: str
+) -> None:
+    key = "odd\u2028key"
+    samples = [
+        {"__key__": "0", "png": picture(0), "txt": b"a picture"},
+        {"__key__": key, "png": picture(1)[:200], "txt": b"broken"},
+    ]
+    write_shard("odd/00000.tar", samples)
+    criteria = Criteria(min_score=-1, model=model)
+    assert filter_shards(tmp_path / "odd", tmp_path / "out", criteria)["kept"] == 1
+    (line,) = dropped(tmp_path / "out")
+    assert (line["key"], line["reason"]) == (key, "picture undecodable")
+
+
 def test_scores_are_cosines_of_picture_and_caption(mixed: Path, tmp_path: Path, model: str) -> None:
     dataset = ShardDataset(resolve_shards(mixed))
     embedder = Embedder(model, device="cpu")

@@ -334,7 +334,7 @@ def test_a_folder_laid_out_otherwise_is_refused(
 def test_wrong_arguments_are_said_before_anything_is_written(class_folders: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no data set named 'mnist'") as caught:
         import_dataset("mnist", class_folders, tmp_path / "out")
-    assert caught.value.hint == "known: cifar10, cifar100, stl10, imagenet"
+    assert caught.value.hint == "known: cifar10, cifar100, stl10, imagenet, tu"
     with pytest.raises(NotFoundError, match="no such folder"):
         import_dataset("stl10", tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(ConfigError, match="samples per shard must be at least 1"):

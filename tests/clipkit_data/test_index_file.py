@@ -14,12 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import DataError
+from clipkit.files import sha256_file
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.records import RecordError
 from clipkit_data.shards.index_file import SampleTable, in_columns, index_path, parse_index, read_index
 from clipkit_data.shards.sample import Sample, crc32_of
 from clipkit_data.shards.scan import check_shard, scan_shard
+from clipkit_data.sources import resolve_shards
+from clipkit_data.tools.check import check_in_processes
 from clipkit_data.tools.indexing import index_shard, index_shards
+from tests.clipkit_data.flaky_server import flaky_server
 
 NAMES = st.sampled_from(["jpg", "png", "txt", "json", "cls", "seg.png"])
 KEYS = st.sampled_from(["a", "b", "0001", "深/い", "d/" + "k" * 110])
@@ -219,6 +223,41 @@ def test_check_says_when_the_index_is_of_other_samples(indexed: Path, picture: C
     faults = check_shard(indexed).faults
     assert [fault.reason for fault in faults] == ["index file"]
     assert "lists other samples" in faults[0].detail
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_shard_elsewhere_is_checked_with_what_lies_beside_it_there(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, jobs: int
+) -> None:
+    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path / "cache"))
+    for path in resolve_shards(shards):
+        stats = {"successes": 7, "sha256": sha256_file(path)}  # of the second wrong: it holds 6
+        Path(path).with_name(f"{Path(path).stem}_stats.json").write_text(json.dumps(stats))
+    index_shards(shards)
+    path = shards / "00000.tar"
+    keep_time(path, path.read_bytes().replace(b"caption 3", b"XXXXion 3"))
+    here = list(check_in_processes(resolve_shards(shards), jobs=jobs))
+    reasons = [[fault["reason"] for fault in faults] for faults, _ in here]
+    assert reasons == [["CRC", "SHA-256"], ["number of samples"]]
+    with flaky_server() as server:
+        for path in shards.iterdir():
+            server.put(f"set/{path.name}", path.read_bytes())
+        urls = [f"{server.url}/set/0000{number}.tar?signature=secret" for number in range(2)]
+        there = list(check_in_processes(urls, jobs=jobs))
+        assert json.loads(json.dumps(there).replace(f"{server.url}/set", str(shards))) == [*map(list, here)]
+        assert not caplog.records
+        server.put("set/00001_stats.json", b"{}")
+        for number in range(2):
+            del server.files[f"set/0000{number}_index.parquet"]
+        assert [len(faults) for faults, _ in check_in_processes(urls, jobs=jobs)] == [1, 0]
+        (record,) = caplog.records
+        assert (
+            "set/00001.tar: its checksums were not compared: no index file lies beside it; run"
+            in record.getMessage()
+        )
+        caplog.clear()
+        assert [faults for faults, _ in check_in_processes(urls, decode=False, jobs=jobs)] == [[], []]
+        assert not caplog.records, "none was asked for"
 
 
 def test_columns_take_little_memory() -> None:

@@ -97,6 +97,48 @@ def test_what_was_begun_otherwise_is_refused(photos: Path, tmp_path: Path) -> No
     assert content(tmp_path / ".out.partial") == before
 
 
+def test_captions_that_came_later_are_not_mixed_with_old_ones(photos: Path, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(photos), str(tmp_path / "out")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    for number in range(10):
+        (photos / f"{number}.txt").write_text(f"a caption of {number}")
+    with pytest.raises(MismatchError, match="begun with another source"):
+        pack(photos, tmp_path / "out", per_shard=2)
+
+
+def test_a_link_stays_one_and_what_it_names_is_made(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+    (tmp_path / "disk/real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/real")
+    (tmp_path / "new link").symlink_to("disk/not yet")
+    for name, real in (("link", "disk/real"), ("new link", "disk/not yet"), ("new/../plain", "plain")):
+        with shards_job(tmp_path / name, {}) as job:
+            assert job.folder.parent == (tmp_path / real).parent
+            job.run(Make(picture, None), 1)
+        assert (tmp_path / real / "00000.tar").is_file()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link", "new link", "plain"]
+    assert sorted(os.listdir(tmp_path / "disk")) == ["not yet", "real"]
+    with pytest.raises(ArtifactError, match="already exists"), shards_job(tmp_path / "link", {}):
+        pytest.fail("a full folder was taken")
+
+
+def test_what_cannot_be_renamed_to_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounted").mkdir()
+    (tmp_path / "link").symlink_to("mounted")
+    (tmp_path / "circle").symlink_to("circle")
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.path.basename(path) == "mounted")
+    for name, words in (("mounted", "mount point"), ("link", "mount point"), ("circle", "circle")):
+        with pytest.raises(ArtifactError, match=words) as refused, shards_job(tmp_path / name, {}):
+            pytest.fail("work was begun")
+        assert refused.value.hint
+    assert sorted(os.listdir(tmp_path)) == ["circle", "link", "mounted"]
+    monkeypatch.undo()
+    with pytest.raises(ArtifactError, match="name a folder inside it"), shards_job("/", {}):
+        pytest.fail("work was begun")
+
+
 def test_what_did_nothing_leaves_nothing(tmp_path: Path) -> None:
     for command in ("first", "second"):
         with pytest.raises(RuntimeError, match=command), shards_job(tmp_path / "out", {"command": command}):

@@ -12,18 +12,22 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from threading import Thread
+from uuid import uuid4
 
+import fsspec
 import pytest
 import webdataset
 from webdataset.writer import ShardWriter
 
 from clipkit.errors import DataError, InputError, NotFoundError
+from clipkit.files import sha256_file
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.records import RecordError
 from clipkit_data.remote.cache import ShardFiles
 from clipkit_data.shards.index_file import index_path
 from clipkit_data.shards.manifest import MANIFEST, parse_manifest
 from clipkit_data.sources import resolve_shards
+from clipkit_data.tools.check import check_manifests
 from clipkit_data.tools.indexing import index_shards
 
 
@@ -45,7 +49,9 @@ def test_indexing_sums_up_the_folder(shards: Path) -> None:
     assert done == [1, 1]
     manifest = json.loads((shards / MANIFEST).read_text())
     assert manifest["format"] == 1
-    assert manifest["shards"] == opened(shards).manifest() == scanned.manifest()
+    assert manifest["shards"] == opened(shards).manifest()
+    assert all(len(shard.pop("contents")) == 64 for shard in manifest["shards"])
+    assert manifest["shards"] == scanned.manifest()
     first = manifest["shards"][0]
     assert (first["name"], first["samples"], first["faults"]) == ("00000.tar", 7, 0)
     assert first["bytes"] == (shards / "00000.tar").stat().st_size
@@ -142,6 +148,100 @@ def test_what_changed_in_place_is_read_once_it_is_indexed_again(shards: Path) ->
     after = path.stat().st_mtime + 1
     os.utime(index_path(path), (after, after))
     assert opened(shards)[3].caption == "caption X"
+
+
+def test_other_contents_of_the_same_size_are_known_by_the_manifest(shards: Path) -> None:
+    index_shards(shards)
+    path, before = shards / "00000.tar", (shards / MANIFEST).read_bytes()
+    path.write_bytes(path.read_bytes().replace(b"caption 3", b"noitpac 3"))
+    index_shards(shards)
+    first, second = opened(shards).manifest()
+    old = parse_manifest(before, "m")
+    assert first["digest"] == old["00000.tar"].digest
+    assert first["contents"] != old["00000.tar"].contents
+    assert second["contents"] == old["00001.tar"].contents
+    (shards / MANIFEST).unlink()
+    assert opened(shards).manifest() == [first, second]
+    (shards / MANIFEST).write_bytes(before)  # as an interrupted `clipkit shards index` leaves it
+    with pytest.raises(DataError, match="holds other samples than its folder's manifest"):
+        opened(shards)[3]
+    assert opened(shards)[9].caption == "caption 9"
+
+
+def test_a_manifest_that_knows_nothing_of_contents_is_read(shards: Path) -> None:
+    index_shards(shards)
+    manifest = json.loads((shards / MANIFEST).read_text())
+    for shard in manifest["shards"]:
+        del shard["contents"]
+    (shards / MANIFEST).write_text(json.dumps(manifest))
+    dataset = opened(shards)
+    assert dataset.manifest() == manifest["shards"]
+    assert dataset[3].caption == "caption 3"
+
+
+def missing(spec: object) -> list[tuple[str, str]]:
+    return [(fault["shard"], fault["reason"]) for fault in check_manifests(resolve_shards(str(spec)))]
+
+
+def test_a_shard_that_the_manifest_lists_and_that_is_gone_is_noticed(
+    shards: Path, write_shard: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shard("shards/00002.tar", 3, start=20)
+    index_shards(shards)
+    assert missing(shards) == []
+    (shards / "00001.tar").unlink()
+    assert missing(shards) == missing(shards / "*.tar") == [(str(shards / "00001.tar"), "missing shard")]
+    assert opened(shards).sizes.tolist() == [7, 3]
+    (record,) = caplog.records
+    assert "manifest.json lists shards that are not there (00001.tar): put back" in record.getMessage()
+    caplog.clear()
+    assert missing(shards / "00002.tar") == [], "a part was asked for, and it is there"
+    assert opened(shards / "00002.tar").sizes.tolist() == [3]
+    index_shards(shards)
+    assert missing(shards) == []
+    assert len(opened(shards)) == 10
+    assert not caplog.records
+
+
+def test_a_shard_that_is_gone_from_a_store_is_noticed(
+    shards: Path, tmp_path: Path, write_shard: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    memory, root = fsspec.filesystem("memory"), f"memory://{uuid4().hex}"
+    write_shard("shards/00002.tar", 3, start=20)
+    index_shards(shards)
+    for path in shards.iterdir():
+        memory.pipe_file(f"{root}/{path.name}", path.read_bytes())
+    memory.rm_file(f"{root}/00001.tar")
+    assert missing(root) == [(f"{root}/00001.tar", "missing shard")]
+    assert len(ShardDataset(resolve_shards(root), files=ShardFiles(tmp_path / "cache"))) == 10
+    assert "lists shards that are not there (00001.tar)" in caplog.text
+    assert missing(f"{root}/00002.tar") == missing(f"{root}/{{00000..00000}}.tar") == []
+
+
+def test_faults_that_files_beside_a_shard_tell_of_are_those_of_now(shards: Path) -> None:
+    path, stats = shards / "00000.tar", shards / "00000_stats.json"
+    said = {"successes": 7, "sha256": sha256_file(path)}
+    stats.write_text(json.dumps(said))
+    assert index_shards(shards)["faults"] == []
+
+    def reasons() -> list[str]:
+        found = [fault["reason"] for fault in index_shards(shards)["faults"]]
+        assert [fault.reason for fault in opened(shards).faults] == found, "as the index file has it"
+        return found
+
+    path.write_bytes(path.read_bytes().replace(b"caption 3", b"noitpac 3"))
+    assert reasons() == ["SHA-256"]
+    kept = index_path(path).stat().st_mtime_ns
+    assert reasons() == ["SHA-256"]
+    assert index_path(path).stat().st_mtime_ns == kept, "nothing is new"
+    stats.unlink()
+    assert reasons() == []
+    stats.write_text(json.dumps(said | {"successes": 8}))
+    later(stats)
+    assert reasons() == ["number of samples", "SHA-256"]
+    stats.write_text(json.dumps({"successes": 7, "sha256": sha256_file(path)}))
+    assert reasons() == []
+    assert opened(shards)[3].caption == "noitpac 3", "the checksums are those of the shard as it is"
 
 
 def test_an_interrupted_run_is_continued(shards: Path) -> None:

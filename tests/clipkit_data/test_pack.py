@@ -6,6 +6,8 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from PIL import Image
@@ -129,7 +131,7 @@ def test_what_cannot_be_packed(photos: Path, tmp_path: Path, shards: Path) -> No
         pack(shards, tmp_path / "out")
     with pytest.raises(NotFoundError):
         pack(tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(ConfigError, match="per_shard"):
+    with pytest.raises(ConfigError, match="samples per shard"):
         pack(photos, tmp_path / "out", per_shard=0)
     with pytest.raises(ArtifactError, match="already exists"):
         pack(photos, photos / "sub")
@@ -165,3 +167,41 @@ def test_rows_of_which_none_can_be_used_make_no_shard(
     assert [Path(path).name for path in resolve_shards(tmp_path / "out")] == ["00000.tar", "00002.tar"]
     listed = [json.loads(line) for line in (tmp_path / "out/faults.jsonl").read_text().splitlines()]
     assert [fault["position"] for fault in listed] == [2, 3]
+
+
+def test_rows_and_faults_are_numbered_as_in_the_table(photos: Path, tmp_path: Path) -> None:
+    paths = ["a.jpg", None, "gone.png", "b.png", "lost.png", None]
+    rows = pa.table({"path": paths, "caption": ["words"] * 6})
+    pq.write_table(rows, photos / "t.parquet")
+    result = pack(photos / "t.parquet", tmp_path / "out", per_shard=2, jobs=1)
+    assert result["faults"] == {"missing file": 2, "missing path": 2}
+    listed = [json.loads(line) for line in (tmp_path / "out/faults.jsonl").read_text().splitlines()]
+    assert [(fault["position"], fault["key"]) for fault in listed] == [
+        (1, ""),
+        (2, "gone.png"),
+        (4, "lost.png"),
+        (5, ""),
+    ]
+    assert [Path(path).name for path in resolve_shards(tmp_path / "out")] == ["00000.tar", "00001.tar"]
+
+
+def test_a_stray_quote_takes_no_rows_with_it(photos: Path, tmp_path: Path) -> None:
+    lines = [f"b.png\tcaption {number}" for number in range(50)]
+    lines[10] = 'b.png\t"Just a quote at the start, 5 feet tall'
+    (photos / "t.tsv").write_text("path\tcaption\n" + "\n".join(lines) + "\n")
+    result = pack(photos / "t.tsv", tmp_path / "out")
+    assert (result["samples"], result["faults"]) == (50, {})
+    lines = [line.replace("\t", ",", 1) for line in lines]
+    (photos / "t.csv").write_text("path,caption\n" + "\n".join(lines) + "\n")
+    result = pack(photos / "t.csv", tmp_path / "out2")
+    assert (result["samples"], result["faults"]) == (49, {"invalid csv": 1})
+    (fault,) = [json.loads(line) for line in (tmp_path / "out2/faults.jsonl").read_text().splitlines()]
+    assert fault["position"] == 10
+    assert fault["detail"].startswith("line 12: ")
+
+
+def test_only_folders_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/2024").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(DataError, match=r"broken link ×1; the first: .*photos/2024"):
+        pack(tmp_path / "photos", tmp_path / "out")

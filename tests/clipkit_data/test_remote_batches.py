@@ -1,6 +1,8 @@
 """Training batches from a server that fails: the same samples in the same order, or a clear stop."""
 
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -92,6 +94,39 @@ def test_a_shard_of_another_length_than_the_manifest_says_is_never_read(
     server.put("set/00001.tar", whole[:-1024])
     with pytest.raises(DataError, match=r"00001\.tar"):
         batches(dataset)
+
+
+@pytest.fixture
+def few(server: FlakyServer, write_shard: Callable[..., Path], tmp_path: Path) -> ShardDataset:
+    """Six remote shards of which the cache holds two."""
+    paths = [write_shard(f"six/{number:05d}.tar", 2, start=2 * number) for number in range(6)]
+    index_shards(tmp_path / "six")
+    for path in (tmp_path / "six").iterdir():
+        server.put(f"set/{path.name}", path.read_bytes())
+    files = ShardFiles(tmp_path / "cache", sum(path.stat().st_size for path in paths[:2]), retry=QUICK)
+    return ShardDataset(resolve_shards(f"{server.url}/set"), files=files)
+
+
+def test_copies_that_made_room_are_not_kept_open(few: ShardDataset) -> None:
+    limit = few.total_bytes // 3
+    assert few.cache_limit == limit
+    for position in (0, 4, 2, 6, 11, 8, 0, 1):
+        assert few[position].caption == f"caption {position}"
+        kept = [os.fstat(file) for file in few._files.values()]
+        assert all(file.st_nlink for file in kept)
+        assert sum(file.st_size for file in kept) <= limit
+
+
+def test_a_step_whose_shards_do_not_fit_is_not_fetched_ahead(few: ShardDataset, server: FlakyServer) -> None:
+    few.prefetch(range(6))
+    few.prefetch([4, 5])
+    assert few.files is not None
+    for _ in range(500):
+        if not few.files._own.asked:
+            break
+        time.sleep(0.02)
+    fetched = [number for number in range(6) if server.count("GET", f"set/{number:05d}.tar")]
+    assert fetched == [4, 5]
 
 
 def test_a_manifest_that_does_not_come_stops_and_fetches_nothing(

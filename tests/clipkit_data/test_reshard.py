@@ -137,10 +137,17 @@ def test_damage_is_left_out_and_listed(shards: Path, tmp_path: Path) -> None:
     assert reshard(path, tmp_path / "cut")["faults"]
 
 
+def test_a_folder_behind_a_link(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert reshard(shards, tmp_path / "link")["out"] == str(tmp_path / "link")
+    assert len(samples_of(tmp_path / "real")) == 13
+
+
 def test_what_cannot_be_resharded(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         reshard(tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(ConfigError, match="per_shard"):
+    with pytest.raises(ConfigError, match="samples per shard"):
         reshard(shards, tmp_path / "out", per_shard=0)
     with pytest.raises(ConfigError, match="seed"):
         reshard(shards, tmp_path / "out", shuffle=True, seed=-1)

@@ -145,6 +145,23 @@ def test_members_missing_or_twice(tmp_path: Path, picture: Callable[..., bytes])
     assert all(fault.offset is not None and fault.offset % 512 == 0 for fault in index.faults)
 
 
+def test_what_was_there_in_place_of_a_picture_is_said(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+    members = [
+        ("good.jpg", picture(0, kind="JPEG")), ("good.txt", b"a"),
+        ("new.avif", b"?"), ("new.txt", b"b"),
+        ("raw.ppm", b"?"), ("raw.txt", b"c"),
+        ("pair.input.jpg", picture(1, kind="JPEG")), ("pair.txt", b"d"),
+        ("both.jpg", picture(2, kind="JPEG")), ("both.png", picture(2)), ("both.txt", b"e"),
+    ]  # fmt: skip
+    index = scan_shard(write_tar(tmp_path / "a.tar", members))
+    assert [(fault.sample, fault.reason, fault.detail) for fault in index.faults] == [
+        ("new", "missing picture", "it has avif, txt"),
+        ("raw", "missing picture", "it has ppm, txt"),
+        ("pair", "missing picture", "it has input.jpg, txt"),
+        ("both", "several pictures", "it has jpg, png, txt"),
+    ]
+
+
 def test_torn_and_repeated_keys(tmp_path: Path, picture: Callable[..., bytes]) -> None:
     image = picture(0)
     torn = [("a.png", image), ("b.png", image), ("b.txt", b"b"), ("a.txt", b"a")]

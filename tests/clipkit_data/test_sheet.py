@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from clipkit.errors import ConfigError, InputError, NotFoundError
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.sources import resolve_shards
-from clipkit_data.tools.fonts import draw_text, text_width, wrap
+from clipkit_data.tools.fonts import draw_text, save_picture, text_width, wrap
 from clipkit_data.tools.sheet import choose, write_sheet
 
 COLOURS = ("#ff0000", "#00ff00", "#0000ff", "#ffff00", "#00ffff")
@@ -84,8 +84,11 @@ def test_a_key_that_comes_twice_is_shown_twice(write_shard: Callable[..., Path],
 
 
 def test_what_cannot_be_written(colours: ShardDataset, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"name it \.png"):
-        write_sheet(colours, [0], tmp_path / "sheet.pdfx")
+    for suffix in (".pdfx", ".pdf", ".tiff", ".gif"):
+        with pytest.raises(InputError, match=r"name it \.png"):
+            write_sheet(colours, [0], tmp_path / f"sheet{suffix}")
+    with pytest.raises(InputError, match=r"17000 pixels cannot be written as WEBP.*name it \.png"):
+        save_picture(Image.new("RGB", (4, 17_000)), tmp_path / "sheet.webp")
     with pytest.raises(ConfigError, match="longest side"):
         write_sheet(colours, [0], tmp_path / "sheet.png", side=3)
     assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]

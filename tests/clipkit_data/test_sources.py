@@ -2,7 +2,8 @@
 
 import datetime
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,8 +14,9 @@ import pytest
 
 from clipkit.errors import DataError, InputError, NotFoundError
 from clipkit_data.dataset import ShardDataset
+from clipkit_data.loose import caption_from_name
 from clipkit_data.records import Record, SampleFault
-from clipkit_data.sources import caption_from_name, is_shards, iter_pairs, open_source, resolve_shards
+from clipkit_data.sources import is_shards, iter_pairs, open_source, resolve_shards
 from tests.clipkit_data.flaky_server import flaky_server
 
 
@@ -180,6 +182,85 @@ def test_csv_with_wrong_rows(photos: Path) -> None:
         ("missing.png", "missing file"),
         ("sub", "missing file"),
     ]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_position_is_a_row_of_the_table(photos: Path, suffix: str) -> None:
+    names = ["b.JPG", "", "gone.png", "sub/c.webp", "lost.png"]
+    rows: list[dict[str, object]] = [{"path": name, "caption": "words"} for name in names]
+    items = list(iter_pairs(write_table(photos / f"t.{suffix}", rows)))
+    assert [item.id[1] if isinstance(item, Record) else item.position for item in items] == [0, 1, 2, 3, 4]
+    assert [item.reason for item in items if isinstance(item, SampleFault)] == [
+        "missing path",
+        "missing file",
+        "missing file",
+    ]
+
+
+def test_the_fingerprint_follows_what_lies_beside_a_picture(photos: Path) -> None:
+    table = write_table(photos / "t.csv", [{"path": "b.JPG", "caption": "words"}])
+
+    def prints() -> tuple[str, str]:
+        return open_source(photos).fingerprint(), open_source(table).fingerprint()
+
+    folder, rows = prints()
+    assert prints() == (folder, rows)
+    os.utime(photos / "b.JPG", ns=(1, 1))
+    assert all(old != new for old, new in zip((folder, rows), prints(), strict=True))
+    folder, rows = prints()
+    for name, text in (("b.txt", "another"), ("red_fire-truck.txt", "new"), ("sub/c.json", '{"place": "x"}')):
+        (photos / name).write_text(text)
+        assert prints()[0] != folder
+        folder = prints()[0]
+    os.utime(photos / "b.txt", ns=(1, 1))
+    assert prints()[0] != folder
+    assert prints()[1] == rows, "what lies beside a picture says nothing of a table's row"
+
+
+def test_folders_behind_links_are_read_once(
+    photos: Path, tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    album = tmp_path / "elsewhere/album"
+    album.mkdir(parents=True)
+    (album / "e.png").write_bytes(picture(4))
+    (album / "back").symlink_to(photos)
+    (photos / "album").symlink_to(album)
+    (photos / "album again").symlink_to(album)
+    (photos / "a link to sub").symlink_to("sub")
+    (photos / "sub/loop").symlink_to("..")
+    (photos / ".away").symlink_to(album)
+    (photos / "own name.png").symlink_to("b.JPG")
+    assert [record.key for record in records(photos)] == [
+        "album/e.png",
+        "b.JPG",
+        "own name.png",
+        "red_fire-truck.png",
+        "sub/c.webp",
+    ]
+    (photos / "both").symlink_to(album.parent)
+    assert "album/e.png" in [record.key for record in records(photos)]
+
+
+def test_a_folder_that_cannot_be_read_is_a_fault(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (photos / "gone").symlink_to("nowhere")
+    (photos / "circle").symlink_to("circle")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert faults(photos) == [
+        ("circle", "broken link"),
+        ("gone", "broken link"),
+        ("sub", "unreadable folder"),
+    ]
+    (fault,) = [
+        item for item in iter_pairs(photos) if isinstance(item, SampleFault) and item.reason[0] == "u"
+    ]
+    assert fault.detail == f"{photos / 'sub'}: Permission denied"
 
 
 def test_jsonl_with_wrong_rows(photos: Path) -> None:

@@ -99,6 +99,42 @@ def test_shards_without_one_good_picture(write_shard: Callable[..., Path], tmp_p
     assert main(["shards", "stats", str(tmp_path / "bad")]) == 0
 
 
+def test_texts_videos_and_graphs_are_no_faults(write_shard: Callable[..., Path], tmp_path: Path) -> None:
+    red, blue = encoded((40, 20), "PNG"), encoded((40, 20), "PNG", "blue")
+    mixed: list[dict[str, Any]] = [
+        {"__key__": "0", "graph.npz": b"graph", "txt": b"a graph"},
+        {"__key__": "1", "mp4": b"a video", "txt": b"a video"},
+        {"__key__": "2", "mp4": b"a video", "txt": b"a video again"},
+        {"__key__": "3", "0.png": red, "1.png": blue, "txt": b"a clip"},
+        {"__key__": "4", "0.png": red, "1.png": red, "txt": b"another clip"},
+        {"__key__": "5", "0.png": red, "1.png": b"no picture", "txt": b"a broken clip"},
+        {"__key__": "6", "0.png": encoded((30, 30), "PNG"), "txt": b"a clip of one frame"},
+    ]
+    write_shard("mixed/00000.tar", mixed)
+    write_shard("mixed/00001.tar", [{"__key__": str(n), "txt": b"the same text"} for n in range(3)])
+    found = shard_statistics(tmp_path / "mixed")
+    summary = found.summary
+    assert summary["samples"] == 10
+    assert summary["faults"] == {"picture format": 1}
+    assert summary["formats"] == {"PNG": 3}
+    assert found.values["width"].tolist() == [40, 40, 30]
+    assert found.values["bytes"].tolist() == [5, 7, 7, len(red + blue), 2 * len(red), len(mixed[6]["0.png"])]
+    assert len(found.values["words"]) == 9
+    assert summary["duplicate_pictures"] == {"samples": 1, "most_frequent": [{"key": "1", "times": 2}]}
+    assert summary["duplicate_captions"]["samples"] == 2
+    json.dumps(summary, allow_nan=False)
+
+
+def test_shards_of_texts_alone(
+    write_shard: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard("texts/00000.tar", [{"__key__": str(n), "txt": f"text {n}".encode()} for n in range(3)])
+    assert main(["shards", "stats", str(tmp_path / "texts"), "--plot", str(tmp_path / "plot.png")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["words", "2", "2", "2", "2", "2", "2"] in lines
+    assert not any(line[:1] in (["width"], ["fault:"]) for line in lines)
+
+
 def test_the_bars_are_as_high_as_the_counts(tmp_path: Path) -> None:
     values = np.array([1.0] * 10 + [2.0] * 5)
     histograms({"words": values}, tmp_path / "plot.png", title="two bars")
@@ -107,6 +143,7 @@ def test_the_bars_are_as_high_as_the_counts(tmp_path: Path) -> None:
     left, right = heights[heights.size // 4], heights[heights.size * 3 // 4]
     assert left > 100
     assert abs(left - 2 * right) <= 2
-    with pytest.raises(InputError, match=r"name it \.png"):
-        histograms({"words": values}, tmp_path / "plot.txt")
-    assert not (tmp_path / "plot.txt").exists()
+    for suffix in (".txt", ".pdf", ".tiff", ".gif", ""):
+        with pytest.raises(InputError, match=r"name it \.png"):
+            histograms({"words": values}, tmp_path / f"plot{suffix}")
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]

@@ -18,6 +18,7 @@ from clipkit_data.pictures.views import (
     make_views,
     multi_crop,
     simclr,
+    views_of,
 )
 
 ASPECT = (3 / 4, 4 / 3)
@@ -154,6 +155,12 @@ def test_views_survive_yaml() -> None:
 def test_wrong_views_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"'simclrr'.*simclr, moco_v1"):
         family("simclrr")
+    for options in ({"strength": -1.0}, {"strength": 9.0}, {"blur": 2.0}, {"strength": "big"}):
+        with pytest.raises(ConfigError, match=r"views 'simclr': "):
+            family("simclr", 32, **options)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=r"views 'simclr': .*size"):
+        views_of({"family": "simclr", "size": "big"})
+    assert len(family("simclr", 32, strength=1.5)) == 2
     for wrong in ({"views": []}, {"views": [{"size": 0}]}, {"views": [{"count": 0}]}, {"view": []}):
         with pytest.raises(ValidationError):
             ViewsConfig.model_validate(wrong)

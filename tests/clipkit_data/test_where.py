@@ -92,14 +92,53 @@ def test_an_unknown_field_is_null_and_its_sample_dropped() -> None:
         ("lenght(caption) > 3", "no such function: lenght"),
         ("exif.iso = 100", "no such column: exif.iso"),
         ("load_extension('x')", "not authorized"),
+        ("key = (select max(key) from samples)", "SELECT or VALUES of its own (a condition sees one sample"),
+        ("exists (select 1)", "SELECT or VALUES of its own"),
+        ("key = max(key)", "misuse of aggregate"),
+        ("row_number() over () = 1", "misuse of window function"),
+        ("1) group by key having (key = max(key)", "syntax error"),
+        ("1) limit (1", "syntax error"),
+        ("caption regexp '('", "'(' is no regular expression: missing )"),
+        ("width > 3 and caption regexp '['", "'[' is no regular expression"),
+        ("caption regexp 'a{99999999999}'", "is no regular expression"),
+        ("samples.rowid = 1", "no such column: samples.rowid"),
     ],
 )
 def test_what_is_no_condition(condition: str, words: str) -> None:
     with pytest.raises(InputError) as refused:
-        Where(condition).holds([(columns(), META)])
+        Where(condition)
     assert words in str(refused.value)
 
 
 def test_a_mistake_that_only_shows_with_data() -> None:
-    with pytest.raises(InputError, match="is wrong"):
-        Where("caption regexp '('").holds([(columns(), META)])
+    where = Where("caption regexp pattern")
+    assert where.holds([(columns(), {"pattern": "c.t"}), (columns(), {})]) == [True, False]
+    with pytest.raises(InputError, match=r"'a\(' is no regular expression: missing \)"):
+        where.holds([(columns(), {"pattern": "a("})])
+
+
+@pytest.mark.parametrize("name", ["rowid", "oid", "_rowid_", "ROWID"])
+def test_sqlites_own_names_are_fields_of_the_json(name: str) -> None:
+    where = Where(f"{name} = 7")
+    assert where.fields == [name]
+    assert where.holds([(columns(), {name: 7}), (columns(), {name: 1}), (columns(), {})]) == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_what_no_json_can_hold_in_one_sample_does_not_concern_the_others() -> None:
+    odd = {"n": {"x": float("nan")}, "tags": [float("-inf"), 1], "stars": float("nan"), "name": "\ud800"}
+    rows = [(columns(), {"n": {"x": 1}, "tags": [0, 1]}), (columns(), odd)]
+    assert Where("json ->> '$.n.x' = 1").holds(rows) == [True, False]
+    assert Where("json ->> '$.n.x' is null and stars is null").holds(rows) == [False, True]
+    assert Where("tags ->> '$[1]' = 1").holds(rows) == [True, True]
+    assert Where("json ->> '$.name' regexp '^.$'").holds(rows) == [False, True]
+
+
+def test_a_sample_without_a_picture_has_no_width() -> None:
+    nothing = dict.fromkeys(("bytes", "format", "width", "height", "aspect", "picture"))
+    rows = [(columns(), {}), (columns(**nothing), {})]
+    assert Where("width > 0 or bytes > 0 or aspect >= 1 or format <> ''").holds(rows) == [True, False]
+    assert Where("width is null and words = 2").holds(rows) == [False, True]

@@ -4,7 +4,9 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -12,6 +14,11 @@ from safetensors.torch import load_file
 
 from clipkit.cli import main
 from clipkit.errors import ClipkitError, ConfigError, InputError
+from clipkit.models import build_model
+from clipkit_data.shards.scan import scan_shard
+from clipkit_data.tools.indexing import index_shards
+from clipkit_data.tools.reshard import reshard
+from clipkit_training.data import TrainingData
 from clipkit_training.recipe import Recipe, load_recipe
 from clipkit_training.run import train_recipe
 from clipkit_training.world import World
@@ -64,6 +71,86 @@ def test_sources_may_move_and_be_named_in_another_order(
     sources = {str(moved): 1, train: 3}
     later = changed(tiny_recipe, tmp_path, "--max-steps", "8", train=None, sources=sources, heldout=None)
     assert train_recipe(later, tmp_path / "run", ALONE, resume=True)["steps"] == 8
+
+
+def test_the_source_that_changed_is_the_one_that_is_named(
+    tiny_recipe: Path, shape_shards: Path, tmp_path: Path
+) -> None:
+    """Sources stand by their fingerprints: one that changes may move the others to other places."""
+    parts = {"a": (shape_shards / "train", 0.5), "b": (shape_shards / "heldout", 0.3)}
+    parts["c"] = (shape_shards / "train/00001.tar", 0.2)
+    for name, (spec, _) in parts.items():
+        reshard(spec, tmp_path / name, per_shard=12)
+    sources = {str(tmp_path / name): weight for name, (_, weight) in parts.items()}
+    fields = {"train": None, "sources": sources, "heldout": None}
+    train_recipe(changed(tiny_recipe, tmp_path, "--max-steps", "2", **fields), tmp_path / "run", ALONE)
+    recipe = changed(tiny_recipe, tmp_path, "--max-steps", "4", **fields)
+    places = []
+    for per_shard in (5, 6, 7, 8, 9):
+        shutil.rmtree(tmp_path / "a")
+        reshard(parts["a"][0], tmp_path / "a", per_shard=per_shard)
+        with pytest.raises(ClipkitError, match="the data is not what the run started with") as caught:
+            train_recipe(recipe, tmp_path / "run", ALONE, resume=True)
+        words = caught.value.message.partition("started with: ")[2]
+        assert f"{tmp_path / 'a'}: 000" in words
+        assert f"{tmp_path / 'b'}:" not in words
+        assert f"{tmp_path / 'c'}:" not in words
+        model = build_model(recipe.model, seed=0)
+        places.append([data.name for data in TrainingData(recipe, model, ALONE).datasets])
+    assert any(names != places[0] for names in places), "a stood at another place at least once"
+
+
+def test_other_contents_of_the_same_size_are_refused(
+    tiny_recipe: Path, shape_shards: Path, tmp_path: Path
+) -> None:
+    shards, run = shutil.copytree(shape_shards / "train", tmp_path / "shards"), tmp_path / "run"
+    index_shards(shards)
+    train_recipe(changed(tiny_recipe, tmp_path, "--max-steps", "2", train=str(shards)), run, ALONE)
+    data = bytearray((shards / "00001.tar").read_bytes())
+    for sample in scan_shard(shards / "00001.tar").samples:
+        start, size = sample.members["txt"]
+        data[start : start + size] = data[start : start + size][::-1]
+    (shards / "00001.tar").write_bytes(data)
+    index_shards(shards)
+    recipe = changed(tiny_recipe, tmp_path, "--max-steps", "4", train=str(shards))
+    with pytest.raises(ClipkitError, match=r"shards: 00001\.tar: contents changed \("):
+        train_recipe(recipe, run, ALONE, resume=True)
+    described = json.loads((run / "data.json").read_text())
+    for shard in described["sources"][0]["shards"]:
+        del shard["contents"]  # as runs have it that began without index files
+    (run / "data.json").write_text(json.dumps(described))
+    assert train_recipe(recipe, run, ALONE, resume=True)["steps"] == 4
+
+
+def test_a_cache_that_is_too_small_for_the_order_is_named_once(
+    tiny_recipe: Path,
+    shape_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    memory, root = fsspec.filesystem("memory"), f"memory://{uuid4().hex}"
+    reshard(shape_shards / "train", tmp_path / "twelve", per_shard=6)
+    for path in (tmp_path / "twelve").iterdir():
+        memory.pipe_file(f"{root}/{path.name}", path.read_bytes())
+    size = sum(path.stat().st_size for path in (tmp_path / "twelve").glob("*.tar"))
+    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path / "cache"))
+
+    def said(limit: int | None, **data: int) -> str:
+        monkeypatch.setenv("CLIPKIT_CACHE_BYTES", str(limit or ""))
+        caplog.clear()
+        recipe = changed(tiny_recipe, tmp_path, train=root, **data)
+        TrainingData(recipe, build_model(recipe.model, seed=0), ALONE)
+        assert len(caplog.records) < 2
+        return caplog.text
+
+    assert "they will be fetched again and again; raise CLIPKIT_CACHE_BYTES" in said(size * 9 // 12)
+    assert "(data.lanes: 2, data.window: 6)" in caplog.text
+    assert not said(size * 9 // 12, lanes=2, window=6)
+    assert "raise CLIPKIT_CACHE_BYTES" in said(size * 9 // 12, lanes=5, window=6)
+    assert said(size * 2 // 12).rstrip().endswith("raise CLIPKIT_CACHE_BYTES"), "two shards are too few"
+    assert not said(size)
+    assert not said(None)
 
 
 def test_ranks_that_torchrun_starts_again_go_on(

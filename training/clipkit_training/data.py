@@ -1,11 +1,16 @@
 """What a run reads: its sources opened, its batches, and whether a resumed run reads the same.
 
-A checkpoint holds one integer and the digest of the order. When the digest differs on resuming, `data.json`,
-which the run folder keeps since its start, says what has changed.
+A checkpoint holds one integer and the digest of the order, which is over keys, places and sizes. `data.json`,
+which the run folder keeps since its start, also says what the samples held, where the shards have index
+files: by it a resumed run knows of other contents, and says what has changed.
 """
 
 import json
+import logging
+import math
+import platform
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +18,14 @@ from clipkit.errors import ArtifactError, ConfigError, DataError, InputError
 from clipkit.files import atomic_write
 from clipkit.models import DualEncoder, Encoder
 from clipkit_data.batches.clips import Clips
-from clipkit_data.batches.content import Pictures, Texts
+from clipkit_data.batches.content import Pictures, Texts, WholePictures
 from clipkit_data.batches.loader import TrainBatches
+from clipkit_data.batches.order import Order
 from clipkit_data.batches.quarantine import BadSample
 from clipkit_data.batches.reads import content_of
 from clipkit_data.batches.stream import StreamBatches
 from clipkit_data.captions import CaptionSampler
+from clipkit_data.dataset import ShardDataset
 from clipkit_data.lines import LineDataset
 from clipkit_data.records import group_faults
 from clipkit_data.remote.retry import shown
@@ -26,6 +33,7 @@ from clipkit_data.sources import is_streamed, open_dataset
 from clipkit_training.recipe import Recipe
 from clipkit_training.world import World
 
+log = logging.getLogger("clipkit_training")
 DESCRIPTION = "data.json"
 STREAM = "stream"  # in place of the digest of an order: a stream has none, and resumes as a new one
 _NAMED = 5
@@ -49,10 +57,13 @@ class TrainingData:
         if data.load_size is not None and data.views is None:
             raise ConfigError("data.load_size is for views, which have a size of their own: give data.views")
         self.content = content_of(model, data.load_size)
-        pictures = isinstance(self.content, Pictures | Clips)
+        pictures = isinstance(self.content, Pictures | WholePictures | Clips)
         if data.views is not None and not pictures:
             raise ConfigError("data.views are of pictures", hint="leave them out")
-        self.augment = (data.make_views(model.preprocess.size) or data.augment) if pictures else None
+        views = data.make_views(model.preprocess.size)
+        if data.load_size is not None and views and any(view.augment.turns for view in views.each):
+            raise ConfigError("data.load_size is for views that are cut, not turned, sheared or shifted")
+        self.augment = (views or data.augment) if pictures else None
         self.streams = is_streamed(data.train)
         specs = {} if self.streams else data.sources or {data.train: 1.0}
         opened = [(open_dataset(spec, name=shown(spec)), weight) for spec, weight in specs.items()]
@@ -71,11 +82,36 @@ class TrainingData:
         exact = self._exact(0)
         self._plan = exact.plan if exact else None
         self.digest = exact.digest() if exact else STREAM
-        if len(set(world.gather(self.digest))) > 1:
+        seen = world.gather((self.digest, platform.node()))
+        if len({digest for digest, _ in seen}) > 1:
             raise DataError(
                 "the processes do not see the same shards",
                 hint="compare the manifest.json of the shards (`clipkit shards index`) on each machine",
             )
+        if world.main:
+            self._warn_of_a_small_cache(len({machine for _, machine in seen}))
+
+    def _warn_of_a_small_cache(self, machines: int) -> None:
+        """Say so where the order goes back and forth between more remote shards than a machine may keep."""
+        sources = zip(self.datasets, self._plan.sources if self._plan else (), strict=False)
+        remote = [
+            (data, s.order) for data, s in sources if isinstance(data, ShardDataset) and data.cache_limit
+        ]
+        limit = min((data.cache_limit or 0 for data, _ in remote), default=0)
+        needed = sum(_bytes_at_once(data, order, machines) for data, order in remote)
+        if needed <= limit:
+            return
+        shards = sum(len(data.paths) for data, _ in remote)
+        fitting = limit * shards // sum(data.total_bytes for data, _ in remote)
+        lanes, window = fitting * machines // 4, sum(len(data) for data, _ in remote) // shards
+        fewer = f", or start a run that reads fewer at a time (data.lanes: {lanes}, data.window: {window})"
+        log.warning(
+            "the shard cache may take %.3g GB, and training goes back and forth between shards of %.3g GB: "
+            "they will be fetched again and again; raise CLIPKIT_CACHE_BYTES%s",
+            limit / 1e9,
+            needed / 1e9,
+            fewer if lanes and window else "",
+        )
 
     def _check_stream(self) -> None:
         """Refuse what a stream does not give. Raises: ConfigError."""
@@ -84,7 +120,7 @@ class TrainingData:
             raise ConfigError("a stream has no epochs", hint="give max_steps or max_minutes")
         if data.label or data.more_captions or not isinstance(self.content, Pictures):
             raise ConfigError(
-                "a stream gives pictures with captions: no labels, no more captions, no clips or graphs",
+                "a stream gives pictures of the model's size and their captions: nothing else, and no labels",
                 hint="give the shards without stream:",
             )
         if data.views is not None and data.augment_on == "workers":
@@ -165,13 +201,13 @@ class TrainingData:
         Raises:
             ArtifactError: Says what changed.
         """
-        if digest == self.digest:
-            return
         try:
             before = json.loads((run / DESCRIPTION).read_text(encoding="utf-8"))["sources"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             before = []
         changes = list(_changes(before, self.describe()["sources"])) if before else []
+        if digest == self.digest and not changes:
+            return
         more = [f"and {len(changes) - _NAMED} more"] if len(changes) > _NAMED else []
         words = "; ".join(changes[:_NAMED] + more)
         raise ArtifactError(
@@ -189,17 +225,61 @@ class TrainingData:
             yield from dataset.faults
 
 
+def _bytes_at_once(data: ShardDataset, order: Order, machines: int) -> float:
+    """The size of the shards that the windows of one machine's lanes reach into, at most."""
+    shards = len(data.paths)
+    span = min(order.window, order.samples / order.lanes)  # samples of a lane that are shuffled together
+    of_a_lane = math.ceil(span * shards / order.samples) + 1
+    return min(1, of_a_lane * math.ceil(order.lanes / machines) / shards) * data.total_bytes
+
+
 def _changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What differs between two descriptions, for people."""
     if len(before) != len(now):
         yield f"{len(before)} sources then, {len(now)} now"
         return
-    for old, new in zip(before, now, strict=True):
+    for old, new in _pairs(_with_shares(before), _with_shares(now)):
         changes = list(_changed_shards(old["shards"], new["shards"]))
         if not changes:
             names = ("share", "lanes", "window")
             changes = [f"{name} was {old[name]}, is {new[name]}" for name in names if old[name] != new[name]]
         yield from (f"{new['name']}: {change}" for change in changes)
+
+
+def _with_shares(sources: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sources with their shares of all places; described are those of what the ones before left."""
+    left, found = Fraction(1), []
+    for source in sources:
+        share = left * Fraction(source["share"])
+        left -= share
+        found.append({**source, "share": str(share)})
+    return found
+
+
+def _pairs(
+    before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each source then with the one that it is now: by its shards, else by its name, the rest by place.
+
+    Sources stand by their fingerprints, so that one that changes may stand elsewhere, and others with it.
+    """
+
+    def shards(source: dict[str, Any]) -> list[str]:
+        return sorted(shard["digest"] for shard in source["shards"])
+
+    old, new = list(before), list(now)
+    for known_by in (
+        lambda source: (source["name"], shards(source)),
+        shards,
+        lambda source: source["name"],
+        lambda source: None,
+    ):
+        for one in list(old):
+            other = next((other for other in new if known_by(other) == known_by(one)), None)
+            if other is not None:
+                yield one, other
+                old.remove(one)
+                new.remove(other)
 
 
 def _changed_shards(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -211,5 +291,7 @@ def _changed_shards(before: Sequence[dict[str, Any]], now: Sequence[dict[str, An
             yield f"{name}: {then[name]['samples']} samples then, {here[name]['samples']} now"
         elif then[name]["digest"] != here[name]["digest"]:
             yield f"{name} holds other samples"
+        elif len({then[name].get("contents"), here[name].get("contents")} - {None}) > 1:
+            yield f"{name}: contents changed"
     if then.keys() == here.keys() and list(then) != list(here):
         yield "the shards are in another order"

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from clipkit.decode import CropOf, read_picture
+from clipkit.decode import Crop, CropOf, read_picture
 from clipkit.images import Preprocess
 from clipkit_data.records import Record, RecordError
 
@@ -58,6 +58,45 @@ class Pictures:
         """uint8 (B, 3, S, S)."""
         side = self.preprocess.size
         return torch.stack(list(items)) if items else torch.zeros(0, 3, side, side, dtype=torch.uint8)
+
+
+class WholePictures:
+    """Pictures to cut views from: nothing is cut off, both sides are squashed to S.
+
+    A sample is its pixels and the picture's width / height: crops drawn with that (`augment`'s `ratio_N`) are
+    those of the picture as it was, and squares again.
+
+    Args:
+        preprocess: The model's, with the side S to load at.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.pictures = Pictures(preprocess)
+
+    def load(self, record: Record, crop: CropOf | None = None) -> tuple[Tensor, float]:
+        """uint8 (3, S, S), and width / height of the picture, or of `crop`. Raises: as `Pictures.load`."""
+        box = _Box(crop)
+        return self.pictures.load(record, box), box.ratio
+
+    def stack(self, items: Sequence[tuple[Tensor, float]]) -> Tensor:
+        """uint8 (B, 3, S, S)."""
+        return self.pictures.stack([pixels for pixels, _ in items])
+
+    def ratios(self, items: Sequence[tuple[Tensor, float]]) -> Tensor:
+        """Width / height of each picture, float64 (B,)."""
+        return torch.tensor([ratio for _, ratio in items], dtype=torch.float64)
+
+
+class _Box:
+    """A box to cut out, all of the picture by default; keeps its width / height in pixels."""
+
+    def __init__(self, crop: CropOf | None) -> None:
+        self.crop, self.ratio = crop, 1.0
+
+    def __call__(self, width: int, height: int) -> Crop:
+        box = self.crop(width, height) if self.crop else (0.0, 0.0, 1.0, 1.0)
+        self.ratio = box[2] * width / (box[3] * height)
+        return box
 
 
 class Texts:

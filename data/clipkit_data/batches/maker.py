@@ -21,7 +21,7 @@ from torch import Tensor
 from clipkit.decode import CropOf
 from clipkit.errors import DataError
 from clipkit.text import Tokenizer, trim
-from clipkit_data.batches.content import Content
+from clipkit_data.batches.content import Content, WholePictures
 from clipkit_data.batches.order import BatchPlaces, Plan
 from clipkit_data.batches.pairs import Dataset, Samples
 from clipkit_data.batches.quarantine import BadSample
@@ -59,6 +59,8 @@ class Batch:
         labels: int64 (B,), equal for equal values of the label field (`label_id`), negative where a sample
             has none; (0,) where no field was named.
         more_ids: Token ids of each further caption field, int64 (B, L').
+        ratios: Width / height of each picture before it was squashed, float64 (B,) on the CPU; None where
+            `images` are as the model sees them.
     """
 
     images: Any
@@ -72,6 +74,7 @@ class Batch:
     index: Tensor = field(default_factory=_no_numbers)
     labels: Tensor = field(default_factory=_no_numbers)
     more_ids: tuple[Tensor, ...] = ()
+    ratios: Tensor | None = None
 
     @property
     def epoch(self) -> int:
@@ -100,12 +103,11 @@ class Batch:
 
     def augmented(self, config: AugmentConfig | ViewsConfig, seed: int) -> Self:
         """The batch with its pictures changed, or with views of them, made on the device where they are."""
-        epochs, ids = self.epochs.numpy(), self.sample_ids.numpy()
+        keys: dict[str, Any] = {"epoch_N": self.epochs.numpy(), "id_N": self.sample_ids.numpy()}
+        keys["ratio_N"] = None if self.ratios is None else self.ratios.numpy()
         if isinstance(config, ViewsConfig):
-            return replace(
-                self, views=tuple(make_views(self.images, config, seed=seed, epoch_N=epochs, id_N=ids))
-            )
-        return replace(self, images=augment(self.images, config, seed=seed, epoch_N=epochs, id_N=ids))
+            return replace(self, views=tuple(make_views(self.images, config, seed=seed, **keys)))
+        return replace(self, images=augment(self.images, config, seed=seed, **keys))
 
 
 class BatchMaker:
@@ -191,6 +193,7 @@ class BatchMaker:
             first=self.part.start,
             faults=tuple(faults),
             index=torch.tensor(positions, dtype=torch.int64),
+            ratios=self.content.ratios(images) if isinstance(self.content, WholePictures) else None,
             labels=torch.tensor(labels if self.label else [], dtype=torch.int64),
             more_ids=tuple(
                 self._encode(draw_captions(sampler, records, self.seed, places.epoch, id_B))

@@ -3,7 +3,7 @@
 from clipkit.errors import ConfigError
 from clipkit.models import DualEncoder, Encoder
 from clipkit_data.batches.clips import Clips
-from clipkit_data.batches.content import Content, Pictures, Texts
+from clipkit_data.batches.content import Content, Pictures, Texts, WholePictures
 from clipkit_data.batches.graphs import Graphs
 
 
@@ -12,7 +12,8 @@ def content_of(model: DualEncoder | Encoder, size: int | None = None) -> Content
 
     Args:
         model: An image tower that says of how many `frames` reads clips.
-        size: Side in pixels that pictures are loaded at; None is the model's own.
+        size: Side in pixels that whole pictures are loaded at, to cut views from; None: as the model
+            sees them.
 
     Raises:
         ConfigError: A size for what has no pictures.
@@ -30,4 +31,6 @@ def content_of(model: DualEncoder | Encoder, size: int | None = None) -> Content
     if size is not None:
         preprocess = preprocess.model_copy(update={"size": size, "resize_size": None})
     frames = getattr(tower, "frames", None)
-    return Pictures(preprocess) if frames is None else Clips(preprocess, frames)
+    if frames is not None:
+        return Clips(preprocess, frames)
+    return Pictures(preprocess) if size is None else WholePictures(preprocess)

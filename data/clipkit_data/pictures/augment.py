@@ -64,7 +64,7 @@ class AugmentConfig(Config):
         translate: Largest shift, as a share of the side.
         shear: Largest shear angle, degrees.
         jitter_p: Probability of brightness, contrast, saturation and hue together, in a random order.
-        brightness, contrast, saturation: Factors uniform in [1 − x, 1 + x].
+        brightness, contrast, saturation: Factors uniform in [max(0, 1 − x), 1 + x].
         hue: Largest turn of the hue, as a share of the circle; at most 0.5.
         grayscale: Probability of losing the colours.
         grayscale_first: Lose the colours before the jitter, which then finds no saturation and hue.
@@ -87,9 +87,9 @@ class AugmentConfig(Config):
     translate: Share = 0.0
     shear: Annotated[float, Field(ge=0, lt=80)] = 0.0
     jitter_p: Chance = 1.0
-    brightness: Share = 0.0
-    contrast: Share = 0.0
-    saturation: Share = 0.0
+    brightness: Size = 0.0
+    contrast: Size = 0.0
+    saturation: Size = 0.0
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     grayscale: Chance = 0.0
     grayscale_first: bool = False
@@ -160,6 +160,7 @@ def augment(
     id_N: np.ndarray,
     view: int = 0,
     size: int | None = None,
+    ratio_N: np.ndarray | None = None,
 ) -> Tensor:
     """The pictures, each changed at random as (seed, epoch, sample id, view) says.
 
@@ -171,6 +172,9 @@ def augment(
         id_N: Sample id of each picture, integers (N,).
         view: Which view of the sample, at least 0; views of a sample are drawn independently.
         size: Side S of the square pictures that come out; None keeps H × W.
+        ratio_N: Width / height of each picture before it was squashed to H × W, float (N,). Crops are then
+            drawn of the picture as it was, and it is not squashed in what comes out. Not for clips, nor
+            together with an affine map.
 
     Returns:
         uint8 (N, 3, S, S) or (N, 3, H, W), clips with their F frames, on the same device; what a picture does
@@ -184,24 +188,29 @@ def augment(
     height, width = (size, size) if size else images_N3HW.shape[-2:]
     if not len(images_N3HW):
         return images_N3HW.new_empty(0, 3, height, width)
-    if not (config.moves or config.colours or (height, width) != images_N3HW.shape[-2:]):
+    same = (height, width) == images_N3HW.shape[-2:] and ratio_N is None
+    if same and not (config.moves or config.colours):
         return images_N3HW
+    assert ratio_N is None or not config.turns
     uniform_NK = keyed_uniforms(seed, Purpose.AUGMENT, epoch_N, id_N, _DRAWS, view=view)
     at_once = _AT_ONCE_CPU if images_N3HW.device.type == "cpu" else _AT_ONCE
     at_once = max(1, at_once // images_N3HW[0].numel())
-    parts = [
-        _steps(images_N3HW[i : i + at_once], config, uniform_NK[i : i + at_once], height, width)
-        for i in range(0, len(images_N3HW), at_once)
-    ]
+    parts = []
+    for part in (slice(i, i + at_once) for i in range(0, len(images_N3HW), at_once)):
+        ratio_n = None if ratio_N is None else ratio_N[part]
+        parts.append(_steps(images_N3HW[part], config, uniform_NK[part], height, width, ratio_n))
     return torch.cat(parts)
 
 
-def _steps(images: Tensor, config: AugmentConfig, uniform_NK: np.ndarray, height: int, width: int) -> Tensor:
+def _steps(
+    images: Tensor, config: AugmentConfig, uniform_NK: np.ndarray, height: int, width: int,
+    ratio_N: np.ndarray | None,
+) -> Tensor:  # fmt: skip
     """A part of the batch through all steps: uint8 in, uint8 (N, 3, height, width) out."""
     if config.turns:
         images = turn(images, _affine(uniform_NK, config))
-    if config.crops or config.square or (height, width) != images.shape[-2:]:
-        boxes_N4 = _boxes(uniform_NK, config, *images.shape[-2:])
+    if config.crops or config.square or ratio_N is not None or (height, width) != images.shape[-2:]:
+        boxes_N4 = _boxes(uniform_NK, config, images.shape[-2], images.shape[-1], ratio_N)
         pixels = images if images.device.type == "cpu" else images.to(torch.float32)  # CPUs resize bytes
         images = crop(pixels, boxes_N4, height, width, config.interpolation)
     if config.flip:
@@ -238,22 +247,29 @@ def _affine(uniform_NK: np.ndarray, config: AugmentConfig) -> np.ndarray:
     return matrix_N23
 
 
-def _boxes(uniform_NK: np.ndarray, config: AugmentConfig, height: int, width: int) -> np.ndarray:
+def _boxes(
+    uniform_NK: np.ndarray, config: AugmentConfig, height: int, width: int, ratio_N: np.ndarray | None = None
+) -> np.ndarray:
     """Top, left, height and width of each picture's crop, int64 (N, 4)."""
     area_NT = np.concatenate([uniform_NK[:, [_AREA]], uniform_NK[:, _RETRIES::2]], axis=1)
     aspect_NT = np.concatenate([uniform_NK[:, [_ASPECT]], uniform_NK[:, _RETRIES + 1 :: 2]], axis=1)
-    (least, most), (narrow, wide) = config.crop_area, config.crop_ratio
+    squashed_N = np.ones(len(uniform_NK)) if ratio_N is None else ratio_N * height / width
+    area: tuple[float | np.ndarray, float | np.ndarray] = config.crop_area
     if config.square:
-        least, most = (min(height, width) ** 2 / (height * width),) * 2
+        ratio_N1 = (squashed_N * width / height)[:, None]
+        whole_N1 = np.minimum(ratio_N1, 1 / ratio_N1)
+        area = whole_N1, whole_N1
     place_N2 = uniform_NK[:, [_TOP, _LEFT]]
-    return crop_boxes(area_NT, aspect_NT, place_N2, (least, most), (narrow, wide), height, width)
+    return crop_boxes(area_NT, aspect_NT, place_N2, area, config.crop_ratio, height, width, squashed_N)
 
 
 def _blends(uniform_NK: np.ndarray, config: AugmentConfig) -> list[Blend]:
     """Colour jitter in each picture's own order, and the loss of colours."""
     zero_N, all_N = np.zeros(len(uniform_NK)), np.arange(len(uniform_NK))
     strength_4 = np.array([config.brightness, config.contrast, config.saturation, config.hue])
-    amount_N4 = strength_4 * (2 * uniform_NK[:, _COLOURS] - 1)
+    uniform_N4 = uniform_NK[:, _COLOURS]
+    amount_N4 = strength_4 * (2 * uniform_N4 - 1)
+    amount_N4 = np.where(strength_4 > 1, (1 + strength_4) * uniform_N4 - 1, amount_N4)  # no factor below 0
     amount_N4[uniform_NK[:, _JITTER] >= config.jitter_p] = 0
     orders = np.array(list(permutations(np.flatnonzero(strength_4))))
     order_N = orders[(uniform_NK[:, _ORDER] * len(orders)).astype(np.int64)]

@@ -69,29 +69,36 @@ class _Box:
 
 def crop_boxes(
     area_NT: np.ndarray, aspect_NT: np.ndarray, place_N2: np.ndarray,
-    scale: tuple[float, float], ratio: tuple[float, float], height: int, width: int,
+    scale: tuple[float | np.ndarray, float | np.ndarray], ratio: tuple[float, float], height: int, width: int,
+    squashed_N: np.ndarray | float = 1.0,
 ) -> np.ndarray:  # fmt: skip
     """Random boxes in a picture by torchvision's law: the first try that fits, else the centre.
 
     Args:
         area_NT, aspect_NT: Uniform numbers in [0, 1) for the tries, (N, T).
         place_N2: The same for the place, down and across, (N, 2).
-        scale: Smallest and largest share of the picture's area.
+        scale: Smallest and largest share of the picture's area; one for all or (N, 1).
         ratio: Smallest and largest width / height.
         height, width: Of the picture, pixels.
+        squashed_N: How many times wider each picture was for its height before it was squashed to that size;
+            `ratio` is of the picture as it was.
 
     Returns:
         Top, left, height and width, int64 (N, 4).
     """
     (least, most), (narrow, wide) = scale, ratio
+    squashed_N = np.broadcast_to(squashed_N, len(area_NT))
     area_NT = height * width * (least + (most - least) * area_NT)
     aspect_NT = np.exp(math.log(narrow) + (math.log(wide) - math.log(narrow)) * aspect_NT)
+    aspect_NT = aspect_NT / squashed_N[:, None]
     width_NT, height_NT = np.rint(np.sqrt(area_NT * aspect_NT)), np.rint(np.sqrt(area_NT / aspect_NT))
     fits_NT = (width_NT > 0) & (width_NT <= width) & (height_NT > 0) & (height_NT <= height)
     first_N, none_N, all_N = fits_NT.argmax(1), ~fits_NT.any(1), np.arange(len(area_NT))
     # The middle of the picture, as much of it as has an allowed aspect.
-    width_N = np.where(none_N, max(1, round(min(width, height * wide))), width_NT[all_N, first_N])
-    height_N = np.where(none_N, max(1, round(min(height, width / narrow))), height_NT[all_N, first_N])
+    most_wide_N = np.maximum(1, np.rint(np.minimum(width, height * wide / squashed_N)))
+    most_high_N = np.maximum(1, np.rint(np.minimum(height, width * squashed_N / narrow)))
+    width_N = np.where(none_N, most_wide_N, width_NT[all_N, first_N])
+    height_N = np.where(none_N, most_high_N, height_NT[all_N, first_N])
     spare_2N = np.stack([height - height_N, width - width_N])
     place_2N = np.where(none_N, spare_2N // 2, np.floor(place_N2.T * (spare_2N + 1)))
     return np.stack([*place_2N, height_N, width_N], axis=1).astype(np.int64)

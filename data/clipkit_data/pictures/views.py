@@ -17,10 +17,10 @@ from inspect import signature
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
-from clipkit.config import Config, validate
+from clipkit.config import Config, describe, validate
 from clipkit.errors import ConfigError
 from clipkit_data.pictures.augment import AugmentConfig, augment
 
@@ -56,7 +56,13 @@ class ViewsConfig(Config):
 
 
 def make_views(
-    images_N3HW: Tensor, views: ViewsConfig, *, seed: int, epoch_N: np.ndarray, id_N: np.ndarray
+    images_N3HW: Tensor,
+    views: ViewsConfig,
+    *,
+    seed: int,
+    epoch_N: np.ndarray,
+    id_N: np.ndarray,
+    ratio_N: np.ndarray | None = None,
 ) -> list[Tensor]:
     """Every view of every picture.
 
@@ -66,12 +72,14 @@ def make_views(
         seed: The run's seed.
         epoch_N: Epoch of each picture, integers (N,).
         id_N: Sample id of each picture, integers (N,).
+        ratio_N: Width / height of each picture before it was squashed; see `augment`.
 
     Returns:
         For each view uint8 (N, 3, S, S), or (N, 3, H, W) where it has no size, on the same device.
     """
+    keys: dict[str, Any] = {"seed": seed, "epoch_N": epoch_N, "id_N": id_N, "ratio_N": ratio_N}
     return [
-        augment(images_N3HW, spec.augment, seed=seed, epoch_N=epoch_N, id_N=id_N, view=view, size=spec.size)
+        augment(images_N3HW, spec.augment, view=view, size=spec.size, **keys)
         for view, spec in enumerate(views.each)
     ]
 
@@ -256,14 +264,19 @@ def family(name: str, size: int | None = None, **options: float) -> ViewsConfig:
         options: Further arguments of the family's function, such as `strength`.
 
     Raises:
-        ConfigError: No family of that name, or one without such an option.
+        ConfigError: No family of that name, or one without such an option, or with another value.
     """
     if name not in FAMILIES:
         raise ConfigError(f"unknown family of views {name!r}", hint=f"known are {', '.join(FAMILIES)}")
     known = list(signature(FAMILIES[name]).parameters)
     if unknown := [option for option in options if option not in known]:
         raise ConfigError(f"views {name!r} have no {unknown[0]!r}", hint=f"they have {', '.join(known)}")
-    return FAMILIES[name](size, **options)
+    try:
+        return FAMILIES[name](size, **options)
+    except ValidationError as error:
+        raise ConfigError(f"views {name!r}: {describe(error)}") from error
+    except TypeError as error:  # a text where a number is reckoned with
+        raise ConfigError(f"views {name!r}: an option is no number: {options}") from error
 
 
 def views_of(options: Mapping[str, Any]) -> ViewsConfig:

@@ -10,7 +10,8 @@ change for this process: another version, also one that another process download
 a size that is not the manifest's.
 
 Where space is limited, the copies used longest ago are removed before a download begins, never one that is
-being written or opened. A removed file that some process has open can still be read there.
+being written or opened. A removed file that some process has open can still be read there, and takes its
+place on the disk until it is closed: whoever keeps files open closes those soon (`ShardDataset`).
 """
 
 import hashlib

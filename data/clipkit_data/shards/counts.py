@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 
+def stats_path(shard: Path) -> Path:
+    """Where img2dataset (or `clipkit shards pack`) writes of a shard."""
+    return shard.with_name(f"{shard.stem}_stats.json")
+
+
 def read_stats(shard: Path) -> dict[str, Any]:
     """What img2dataset (or `clipkit shards pack`) wrote of a shard; empty where there is nothing.
 
     Raises:
         OSError, ValueError: The file is there, but cannot be read, or holds no JSON object.
     """
-    path = shard.with_name(f"{shard.stem}_stats.json")
+    path = stats_path(shard)
     return _read_object(path) if path.is_file() else {}
 
 

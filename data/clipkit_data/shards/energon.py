@@ -38,6 +38,7 @@ class EnergonSamples(Sequence[Sample]):
     """
 
     has_crc32 = False
+    contents = None
 
     def __init__(self, shard: Path, offsets: np.ndarray) -> None:
         self.shard, self.offsets = shard, offsets
@@ -99,11 +100,12 @@ class EnergonSamples(Sequence[Sample]):
             raise self._fault(start, "members are not adjacent")
         contents = contents_of(members)
         if len(contents) != 1:  # shards of texts alone are read by their own index
-            raise self._fault(start, "several pictures" if contents else "missing picture")
+            reason = "several pictures" if contents else "missing picture"
+            raise self._fault(start, reason, f": it has {', '.join(members)}")
         return Sample(keys.pop(), members, start)
 
-    def _fault(self, offset: int, reason: str) -> RecordError:
-        return RecordError(f"{self.shard}: sample at offset {offset}: {reason}", reason)
+    def _fault(self, offset: int, reason: str, detail: str = "") -> RecordError:
+        return RecordError(f"{self.shard}: sample at offset {offset}: {reason}{detail}", reason)
 
     def _readable(self) -> Iterator[Sample]:
         for place in range(len(self)):

@@ -106,6 +106,13 @@ class SampleTable(Sequence[Sample]):
             digest.update(numbers.astype("<i8").tobytes())
         return digest.hexdigest()
 
+    @property
+    def contents(self) -> str | None:
+        """SHA-256 over the CRC-32s of the samples' data; None where they are not known."""
+        if self._crc32 is None:
+            return None
+        return hashlib.sha256(self._crc32.astype("<u4").tobytes()).hexdigest()
+
 
 def as_table(samples: Sequence[Sample], crc32: Sequence[int] | None = None) -> pa.Table:
     """Samples as the rows of an index file, `crc32` null where it is None."""

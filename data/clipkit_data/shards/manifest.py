@@ -29,6 +29,7 @@ class Entry(NamedTuple):
         digest: SHA-256 over their keys and members, see `clipkit_data.shards.index_file`.
         faults: How many faults its index file lists.
         extensions: The extensions of its samples' members, by name.
+        contents: SHA-256 over the CRC-32s of its samples' data; None where nobody has read them.
     """
 
     name: str
@@ -37,16 +38,19 @@ class Entry(NamedTuple):
     digest: str
     faults: int
     extensions: tuple[str, ...]
+    contents: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The entry as plain JSON."""
-        return self._asdict() | {"extensions": list(self.extensions)}
+        own = self._asdict() | {"extensions": list(self.extensions)}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 def entry_of(name: str, index: ShardIndex, samples: SampleTable | EnergonSamples) -> Entry:
     """The manifest's entry for a shard with this index and its samples in columns."""
     extensions = tuple(samples.extensions)
-    return Entry(name, index.bytes, len(samples), samples.digest, len(index.faults), extensions)
+    faults = len(index.faults)
+    return Entry(name, index.bytes, len(samples), samples.digest, faults, extensions, samples.contents)
 
 
 def parse_manifest(data: bytes, name: str) -> dict[str, Entry]:
@@ -60,7 +64,8 @@ def parse_manifest(data: bytes, name: str) -> dict[str, Entry]:
         for shard in found["shards"]:
             extensions = tuple(shard["extensions"])
             shard["extensions"] = same.setdefault(extensions, extensions)
-            entries[shard["name"]] = Entry(**{field: shard[field] for field in Entry._fields})
+            own = {field: shard[field] for field in Entry._fields if field in shard}
+            entries[shard["name"]] = Entry(**own)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{name} is no manifest of shards: {error!r}") from error
     return entries

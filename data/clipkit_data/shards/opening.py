@@ -8,15 +8,15 @@ says so. Remote shards have no times to compare; their sizes are, when they are 
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkit.errors import DataError, NotFoundError
+from clipkit.errors import ClipkitError, DataError, NotFoundError
 from clipkit_data.remote.cache import ShardFiles
-from clipkit_data.remote.storage import is_http, is_remote, read_bytes, shown
+from clipkit_data.remote.storage import is_http, is_remote, list_shards, read_bytes, shown
 from clipkit_data.shards.energon import EnergonSamples, energon_path, read_energon_index
 from clipkit_data.shards.index_file import (
     CHANGED,
@@ -31,6 +31,9 @@ from clipkit_data.shards.index_file import (
 )
 from clipkit_data.shards.manifest import MANIFEST, Entry, entry_of, parse_manifest
 from clipkit_data.shards.scan import Fault, ShardIndex, scan_shard
+
+RESTORE = "put back what is gone, or run `clipkit shards index` if it was removed on purpose"
+_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ def shard_name(shard: str) -> str:
     return os.path.basename(label(shard))
 
 
-def _beside(shard: str, name: str) -> str:
+def beside(shard: str, name: str) -> str:
     """The path or URL of another file in a shard's folder; a query is kept."""
     if not is_http(shard):
         return os.path.join(os.path.dirname(shard), name)
@@ -92,23 +95,23 @@ def load_index(
 
 
 def _remote_index(url: str, warn: Callable[[str], Any], size: int | None) -> ShardIndex | None:
-    beside = _beside(url, index_name(shard_name(url)))
-    data = read_bytes(beside)
+    path = beside(url, index_name(shard_name(url)))
+    data = read_bytes(path)
     try:
-        return None if data is None else parse_index(data, label(beside), label(url), size)
+        return None if data is None else parse_index(data, label(path), label(url), size)
     except DataError as error:
         warn(f"{error}; the whole shard is fetched and scanned, and its data are not checked")
         return None
 
 
 def _local_index(path: Path, warn: Callable[[str], Any]) -> ShardIndex | None:
-    status, beside = _stat(str(path)), index_path(path)
-    if not newer(status, beside):
+    status, index = _stat(str(path)), index_path(path)
+    if not newer(status, index):
         try:
             return read_index(path, status.st_size)
         except DataError as error:
             warn(f"{error}; the shard is scanned instead, and its data are not checked")
-    elif beside.exists():
+    elif index.exists():
         found = scan_shard(path)
         samples, wrong = with_crc32(path, found.samples)
         if wrong is None:  # a copy, or a touch: each sample still has to have its CRC-32
@@ -123,8 +126,12 @@ def _local_index(path: Path, warn: Callable[[str], Any]) -> ShardIndex | None:
     return None
 
 
-class _Manifests:
-    """The manifests of the shards' folders, each read once."""
+class Manifests:
+    """The manifests of the shards' folders, each read once.
+
+    Args:
+        warn: Called with what makes one useless.
+    """
 
     def __init__(self, warn: Callable[[str], Any]) -> None:
         self.warn = warn
@@ -132,16 +139,36 @@ class _Manifests:
 
     def entry(self, shard: str) -> Entry | None:
         """What the manifest says of a shard, None when there is none or it is not of this shard."""
-        path = _beside(shard, MANIFEST)
-        folder = label(path)  # signatures differ from shard to shard
-        if folder not in self._read:
-            self._read[folder] = self._entries(path)
-        entry = self._read[folder].get(shard_name(shard))
+        entry = self._of(beside(shard, MANIFEST)).get(shard_name(shard))
         if entry is None or is_remote(shard):
             return entry
         status = _stat(shard)
         stale = entry.bytes != status.st_size or newer(status, index_name(shard))
         return None if stale else entry
+
+    def missing(self, shards: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+        """Each manifest that names shards which are no longer in its folder, and their names.
+
+        Only folders of which `shards` names all that is there: whoever reads a part misses nothing. HTTP has
+        no folders to look into; there a shard that is gone shows when it is read.
+        """
+        given: dict[str, set[str]] = {}
+        for shard in shards:
+            if not is_http(shard):
+                given.setdefault(beside(shard, MANIFEST), set()).add(shard_name(shard))
+        for path, names in given.items():
+            gone = self._of(path).keys() - names
+            if is_remote(path) and len(gone) > len(names):
+                continue  # a part, no doubt: no need to have the store list its files
+            there = _shards_beside(path) if gone else None
+            if there is not None and there <= names:
+                yield path, sorted(gone)
+
+    def _of(self, path: str) -> dict[str, Entry]:
+        folder = label(path)  # signatures differ from shard to shard
+        if folder not in self._read:
+            self._read[folder] = self._entries(path)
+        return self._read[folder]
 
     def _entries(self, path: str) -> dict[str, Entry]:
         # A store that does not answer stops here: without a manifest all shards would be fetched and scanned.
@@ -153,6 +180,17 @@ class _Manifests:
         except (DataError, OSError) as error:
             self.warn(f"{error}; it is not used")
             return {}
+
+
+def _shards_beside(path: str) -> set[str] | None:
+    """The names of all shards in a file's folder; None where it cannot be listed."""
+    folder = os.path.dirname(path)
+    try:
+        if is_remote(path):
+            return set(map(shard_name, list_shards(folder)))
+        return {item.name for item in os.scandir(folder or ".") if item.name.endswith(".tar")}
+    except (ClipkitError, OSError):
+        return None
 
 
 def describe(
@@ -168,7 +206,8 @@ def describe(
     Args:
         shards: Paths and URLs.
         files: For URLs.
-        warn: Called once with the first thing that makes files beside shards useless, and how many more.
+        warn: Called once with the first thing that makes files beside shards useless, and how many more;
+            and for each manifest that names shards which are gone.
         jobs: Threads for shards that no manifest covers; by default some for each core.
         progress: Called with the number of shards done.
 
@@ -177,8 +216,11 @@ def describe(
         DataError: A shard cannot be read or fetched.
     """
     notes: list[str] = []
-    manifests = _Manifests(notes.append)
+    manifests = Manifests(notes.append)
     entries = [manifests.entry(shard) for shard in shards]
+    for path, gone in manifests.missing(shards):
+        names = ", ".join(gone[:_NAMED]) + (f" and {len(gone) - _NAMED} more" if gone[_NAMED:] else "")
+        warn(f"{label(path)} lists shards that are not there ({names}): {RESTORE}")
     rest = [number for number, entry in enumerate(entries) if entry is None or entry.faults]
     if progress and len(rest) < len(shards):
         progress(len(shards) - len(rest))

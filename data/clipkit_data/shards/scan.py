@@ -18,7 +18,14 @@ from clipkit.errors import DataError, ImageError, NotFoundError
 from clipkit.files import sha256_file
 from clipkit_data.records import RecordError, parse_caption, parse_meta
 from clipkit_data.shards.counts import count_faults, read_stats
-from clipkit_data.shards.sample import TEXT_EXTENSIONS, Sample, Span, contents_of, is_picture, read_sample
+from clipkit_data.shards.sample import (
+    TEXT_EXTENSIONS,
+    Sample,
+    Span,
+    contents_of,
+    is_picture,
+    read_sample,
+)
 from clipkit_data.shards.tar import Damage, Member, scan_tar
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
@@ -195,7 +202,9 @@ def _sample(
     left_out = bool(faults)
     if "json" not in group.members and "json" in extensions:
         faults.append("missing json")
-    index.faults.extend(Fault(str(index.path), group.key, group.offset, reason) for reason in faults)
+    for reason in faults:
+        detail = f"it has {', '.join(group.members)}" if reason.endswith(("picture", "pictures")) else ""
+        index.faults.append(Fault(str(index.path), group.key, group.offset, reason, detail))
     return None if left_out else Sample(group.key, group.members, group.offset)
 
 

@@ -20,7 +20,7 @@ from clipkit.files import atomic_write
 from clipkit_data.dataset import ShardDataset
 from clipkit_data.records import RecordError, group_faults
 from clipkit_data.sources import resolve_shards
-from clipkit_data.tools.columns import Digest, columns_of
+from clipkit_data.tools.columns import Digest, columns_of, digest
 from clipkit_data.tools.job import each_block, jobs_or_cores, shards_job
 from clipkit_data.tools.reshard import copy_samples
 from clipkit_data.tools.where import Where
@@ -49,7 +49,7 @@ class Criteria:
 
     Args:
         where: A condition in SQLite's language; see `clipkit_data.tools.where`.
-        duplicates: Drop pictures whose bytes are those of an earlier kept one.
+        duplicates: Drop pictures, clips, graphs and texts whose bytes are those of an earlier kept one.
         min_score: Least cosine of picture and caption by the model.
         near_duplicates: Drop pictures whose cosine with an earlier kept one is at least this.
         model: A model's name or folder; the last two tests need it.
@@ -267,7 +267,7 @@ class _Look:
     where: Where | None
 
     def __call__(self, span: tuple[int, int]) -> tuple[list[tuple[int, str, Digest]], set[str]]:
-        """Position, reason to drop it ("" for none) and picture of each sample; the fields of the `.json`."""
+        """Position, reason to drop it ("" for none) and digest of each sample; the fields of the `.json`."""
         verdicts: dict[int, tuple[str, Digest]] = {}
         rows = {}
         for position in range(*span):
@@ -279,5 +279,6 @@ class _Look:
         fields = {name for _, meta in rows.values() for name in meta}
         held = self.where.holds(list(rows.values())) if self.where else [True] * len(rows)
         for (position, (columns, _)), holds in zip(rows.items(), held, strict=True):
-            verdicts[position] = "" if holds else "where", columns.picture
+            content = columns.picture or digest(columns.caption.encode())
+            verdicts[position] = "" if holds else "where", content
         return [(position, *verdicts[position]) for position in range(*span)], fields

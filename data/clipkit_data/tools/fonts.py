@@ -30,6 +30,7 @@ _NAMES = (
     "msyh.ttc",
 )
 _NO_CHARACTER = "\U0010ffff"
+_FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
 @lru_cache(maxsize=32)
@@ -128,11 +129,27 @@ def _pieces(text: str) -> Iterator[str]:
         yield word
 
 
-def save_picture(image: Image.Image, path: str | Path) -> None:
-    """Write a picture whole or not at all, in the format of the suffix. Raises: InputError for no format."""
-    path, buffer = Path(path), BytesIO()
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None or kind not in Image.SAVE:
+def picture_format(path: str | Path) -> str:
+    """The format that the suffix stands for, as Pillow calls it. Raises: InputError for another suffix."""
+    kind = _FORMATS.get(Path(path).suffix.lower())
+    if kind is None:
         raise InputError(f"{path}: cannot write such a picture", hint="name it .png, .webp or .jpg")
-    image.save(buffer, kind)
+    return kind
+
+
+def save_picture(image: Image.Image, path: str | Path) -> None:
+    """Write a picture whole or not at all, in the format of the suffix.
+
+    Raises:
+        InputError: The suffix stands for no format, or the picture is too large for it.
+    """
+    kind, buffer = picture_format(path), BytesIO()
+    try:
+        image.save(buffer, kind)
+    except (ValueError, OSError) as error:
+        width, height = image.size
+        raise InputError(
+            f"{path}: {width} × {height} pixels cannot be written as {kind}: {error}",
+            hint="show less, or name it .png",
+        ) from error
     atomic_write(path, buffer.getvalue())

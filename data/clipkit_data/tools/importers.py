@@ -19,9 +19,9 @@ import numpy as np
 
 from clipkit.encoded import open_image
 from clipkit.errors import ConfigError, DataError, ImageError, InputError, NotFoundError
+from clipkit_data.loose import OTHER_PICTURES, PICTURE_SUFFIXES
 from clipkit_data.records import SampleFault
 from clipkit_data.shards.scan import picture_reason
-from clipkit_data.sources import OTHER_PICTURES, PICTURE_SUFFIXES
 from clipkit_data.tools.cifar import read_cifar
 from clipkit_data.tools.labelled import PER_SHARD, Labelled, png, write_splits
 

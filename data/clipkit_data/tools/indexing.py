@@ -1,7 +1,8 @@
 """Index files for shards and the manifest of their folder: what `clipkit shards index` does.
 
 What is done stays done: an index file that is whole and no older than its shard is kept, so that an
-interrupted run is continued by starting it again. The manifest is written last.
+interrupted run is continued by starting it again. Faults that other files beside the shard have a part in
+(`00000_stats.json`, `sizes.json`) are looked for again all the same. The manifest is written last.
 """
 
 import os
@@ -11,12 +12,14 @@ from typing import Any
 
 from clipkit.errors import DataError, InputError, NotFoundError
 from clipkit_data.batches.lost_workers import explaining_lost_workers
+from clipkit_data.shards.counts import count_faults, stats_path
 from clipkit_data.shards.index_file import in_columns, index_path, iter_crc32, newer, read_index, write_index
 from clipkit_data.shards.manifest import Entry, entry_of, write_manifest
 from clipkit_data.shards.scan import Fault, ShardIndex, digest_faults, scan_shard
 from clipkit_data.sources import resolve_shards
 from clipkit_data.tools.job import each, jobs_or_cores
 
+_BESIDE = ("number of samples", "invalid stats", "SHA-256")  # the faults that are not the shard's alone
 _FEW = 256 << 20  # bytes of shards for which starting processes takes longer than it saves
 
 
@@ -89,12 +92,32 @@ def index_shard(shard: Path) -> tuple[Entry, list[Fault]]:
         after = shard.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise DataError(f"{shard} changed while it was read", hint="index shards once they are complete")
-        try:
-            index.samples = write_index(shard, index, crc32)
-        except OSError as error:
-            path = index_path(shard)
-            raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+        _write(shard, index, crc32)
+    elif (faults := _faults_now(shard, index)) != index.faults:
+        index.faults = faults
+        _write(shard, index, [sample.crc32 for sample in index.samples if sample.crc32 is not None])
     return entry_of(shard.name, index, in_columns(index.samples)), index.faults
+
+
+def _write(shard: Path, index: ShardIndex, crc32: Sequence[int]) -> None:
+    try:
+        index.samples = write_index(shard, index, crc32)
+    except OSError as error:
+        path = index_path(shard)
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _faults_now(shard: Path, index: ShardIndex) -> list[Fault]:
+    """The faults of an index file that is up to date, with those that other files have a part in as of now.
+
+    The SHA-256 is computed only where it may differ from the last time: it is the shard that takes long.
+    """
+    faults = [fault for fault in index.faults if fault.reason not in _BESIDE]
+    faults += [Fault(str(shard), None, None, *fault) for fault in count_faults(shard, index.groups)]
+    stats, was_wrong = stats_path(shard), any(fault.reason == "SHA-256" for fault in index.faults)
+    if was_wrong or (stats.is_file() and newer(stats.stat(), index_path(shard))):
+        faults += digest_faults(shard)
+    return faults
 
 
 def _up_to_date(shard: Path, status: os.stat_result) -> ShardIndex | None:

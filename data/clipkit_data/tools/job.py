@@ -156,14 +156,20 @@ def shards_job(out: str | Path, settings: dict[str, Any]) -> Iterator[Job]:
     A block that fails leaves what is done for the next attempt, unless it called `Job.discard`.
 
     Args:
-        out: The folder to make; it must not hold anything yet.
+        out: The folder to make, or a link to it; it must not hold anything yet.
         settings: All that decides what is in the shards, as plain JSON.
 
     Raises:
-        ArtifactError: `out` holds something already, or another process is making it.
+        ArtifactError: `out` holds something already, is a mount point, or another process is making it.
         MismatchError: It was begun with other settings.
     """
-    out = Path(out).absolute()
+    out = Path(os.path.realpath(out))
+    if os.path.ismount(out):  # no folder can be renamed to it
+        raise ArtifactError(f"{out} is a mount point", hint="name a folder inside it")
+    if out.is_symlink():
+        raise ArtifactError(
+            f"{out} is a link that leads in a circle", hint="remove it or name another folder"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(f"{out} already exists", hint="choose another folder or remove this one")
     job = Job(out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.partial") / ".job")

@@ -66,8 +66,7 @@ def pack(
         count = -(-len(rows) // per_shard)
         threads = max(1, cores() // max(1, min(processes, count)))
         reports = job.run(_Pack(rows, per_shard, count, threads), count, jobs=processes, advance=progress)
-        faults = [*getattr(rows, "faults", [])]
-        faults += [SampleFault(**fault) for report in reports for fault in report["faults"]]
+        faults = [SampleFault(**fault) for report in reports for fault in report["faults"]]
         counts = group_faults([fault.reason for fault in faults])
         packed = sum(report["samples"] for report in reports)
         if not packed:

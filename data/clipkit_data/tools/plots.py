@@ -5,13 +5,15 @@ also holds what lies above; a line marks the median.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from clipkit_data.tools.fonts import save_picture, text_font
+from clipkit.errors import InputError
+from clipkit_data.tools.fonts import picture_format, save_picture, text_font
 
 _WIDTH, _HEIGHT, _MARGIN, _BARS = 420, 260, 36, 32
 _INK, _PALE, _BAR, _MARK = "#222222", "#d0d0d0", "#4c78a8", "#e45756"
@@ -26,7 +28,7 @@ def histograms(values: Mapping[str, np.ndarray], path: str | Path, *, title: str
         title: A line above the panels.
 
     Raises:
-        InputError: Pillow writes no such format.
+        InputError: Another suffix.
     """
     across = min(3, len(values))
     size = (_WIDTH * across, 44 + _HEIGHT * math.ceil(len(values) / across))
@@ -37,6 +39,21 @@ def histograms(values: Mapping[str, np.ndarray], path: str | Path, *, title: str
         row, column = divmod(number, across)
         _panel(draw, column * _WIDTH, 44 + row * _HEIGHT, name, values_N)
     save_picture(sheet, path)
+
+
+def check_plot(path: str | Path) -> None:
+    """Refuse a file that `histograms` could not write, before all samples are read.
+
+    Raises:
+        InputError: Another suffix, or a folder where nothing can be written.
+    """
+    picture_format(path)
+    folder = next(above for above in Path(path).absolute().parents if above.exists())
+    if Path(path).is_dir():
+        raise InputError(f"{path}: is a folder", hint="name a file")
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "is not writable" if folder.is_dir() else "is no folder"
+        raise InputError(f"{path}: cannot be written: {folder} {what}", hint="name a file elsewhere")
 
 
 def _panel(draw: ImageDraw.ImageDraw, x: int, y: int, name: str, values_N: np.ndarray) -> None:

@@ -108,7 +108,7 @@ def embed_subset(
             score_N[said_N] = np.einsum("nd,nd->n", images_ND[said_N], texts_ND[said_N])
         scores.append(score_N)
     path = folder / "faults.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []  # text has more ends of lines
     faults = [json.loads(line) for line in lines]
     for fault in faults:
         fault["position"] = int(subset.positions_N[fault["position"]])

@@ -1,7 +1,8 @@
 """What shards hold, in numbers: pictures, sizes, captions, duplicates, faults.
 
 Every sample is read once, by several processes; of each only a few numbers and two digests of 16 bytes are
-kept. Duplicates are exact: equal bytes of the picture, equal caption.
+kept. Duplicates are exact: equal bytes of the picture (of all frames, of the video, of the graph), equal
+caption. What a sample does not have, such as the width of a graph, is not counted.
 """
 
 from collections import Counter
@@ -29,8 +30,8 @@ class Statistics:
 
     Args:
         summary: What `clipkit shards stats --json` prints.
-        values: Each of `QUANTITIES`, float64 (N,): one value per sample; of the last two, one per caption.
-            `bytes` are those of the picture.
+        values: Each of `QUANTITIES`, float64 (N,): one value per sample that has it; of the last two, one per
+            caption. `bytes` are those of the picture, the frames, the video or the graph.
     """
 
     summary: dict[str, Any]
@@ -62,9 +63,10 @@ def shard_statistics(
         if progress:
             progress(len(block.positions) + len(block.faults))
     values = {name: np.concatenate([block.values[name] for block in blocks]) for name in QUANTITIES}
-    captioned = values["characters"] > 0
-    for name in ("words", "characters"):
-        values[name] = values[name][captioned]
+    captioned, pictured = values["characters"] > 0, np.isfinite(values["bytes"])
+    for name in QUANTITIES:
+        known = captioned if name in ("words", "characters") else np.isfinite(values[name])
+        values[name] = values[name][known]
     positions = np.concatenate([block.positions for block in blocks])
     captions = np.concatenate([block.captions for block in blocks])
     pictures = np.concatenate([block.pictures for block in blocks])
@@ -77,7 +79,7 @@ def shard_statistics(
         "per_sample": {name: _quantiles(values[name]) for name in QUANTITIES},
         "empty_captions": int((~captioned).sum()),
         "duplicate_captions": _duplicates(captions[captioned], positions[captioned], dataset, caption=True),
-        "duplicate_pictures": _duplicates(pictures, positions, dataset, caption=False),
+        "duplicate_pictures": _duplicates(pictures[pictured], positions[pictured], dataset, caption=False),
         "faults": group_faults(faults),
     }
     return Statistics(summary, values)
@@ -85,7 +87,7 @@ def shard_statistics(
 
 @dataclass
 class _Block:
-    """The numbers of consecutive samples; those with a fault are in `faults` alone."""
+    """The numbers of consecutive samples, NaN for none; those with a fault are in `faults` alone."""
 
     positions: np.ndarray
     values: dict[str, np.ndarray]
@@ -113,8 +115,8 @@ class _Look:
             np.array(positions, dtype=np.int64),
             {name: np.array([getattr(row, name) for row in rows], dtype=np.float64) for name in QUANTITIES},
             np.array([digest(row.caption.encode()) for row in rows], dtype="V16"),
-            np.array([row.picture for row in rows], dtype="V16"),
-            Counter(row.format for row in rows),
+            np.array([row.picture or b"" for row in rows], dtype="V16"),
+            Counter(row.format for row in rows if row.format),
             faults,
         )
 
