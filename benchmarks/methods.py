@@ -94,7 +94,9 @@ def train_lightly(recipe: Any, case: dict[str, Any]) -> Any:
         pictures,
         {**case, **METHODS[case["method"]], "changes": CHANGES},
         partial(build_optimizer, config=recipe.optim),
-        lambda step: learning_rate(recipe.optim, step, step / case["steps"]),
+        lambda step: learning_rate(
+            recipe.optim, step, step / case["steps"], recipe.optim.warmup_steps / case["steps"]
+        ),
         resolve_precision(recipe.precision, torch.device("cpu")) == "bf16",
     )
     return encoder.eval()

@@ -8,6 +8,7 @@ from PIL import Image
 
 from clipkit.cli import main
 from clipkit_training.curves import draw_curves, read_curves
+from clipkit_training.log import METRICS, RunLog
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,19 @@ def test_a_run_without_a_figure_is_left_out_of_its_panel(runs: list[str], tmp_pa
     assert all(svg.read_text().count(f">{name}<") == 1 for name in ("blind", "whole")), (
         "one legend, both runs"
     )
+
+
+def test_only_a_new_line_ends_a_record(runs: list[str], tmp_path: Path) -> None:
+    text = '{"kind": "train", "step": %d, "seconds": 1, "loss": 0.5, "note": "a\u2028b\x85c"}\n'
+    log = tmp_path / METRICS
+    log.write_text("".join(text % step for step in (1, 2, 3)) + '{"kind": "tr', encoding="utf-8")
+    with RunLog.open(tmp_path, 2, "") as again:
+        again.step(3, 1.0, {"loss": 0.25, "samples_per_second": 1, "seconds": 2})
+    lines = log.read_bytes().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert json.loads(lines[0])["note"] == "a\u2028b\x85c"
+    (tmp_path / "config.yaml").write_text((Path(runs[0]) / "config.yaml").read_text())
+    assert read_curves(tmp_path)["loss"] == [(1, 0.5), (2, 0.5), (3, 0.25)]
 
 
 def test_another_axis_is_refused(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,7 +184,8 @@ def test_a_report_has_every_figure_beside_untrained_and_raw(
     accuracies = {"knn", "knn@5", "linear", "linear_top5", "linear_1pct", "linear_10pct"}
     spreads = {"linear_1pct_std", "linear_10pct_std"}
     shape = {"rankme", "embedding_std", "alignment", "uniformity"}
-    facts = {"k": 48, "classes": 4, "train": 48, "heldout": 32, "unseen": 0, "label": "hue"}
+    facts: dict[str, Any] = {"k": 48, "classes": 4, "train": 48, "heldout": 32, "unseen": 0, "label": "hue"}
+    facts |= {"probe": "logistic", "temperature": 0.07}
     assert set(found) == accuracies | spreads | shape | set(facts) | {"alignment_of", "untrained", "raw"}
     assert set(found["untrained"]) == accuracies | spreads | shape
     assert set(found["raw"]) == accuracies | spreads

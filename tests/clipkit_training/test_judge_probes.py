@@ -18,7 +18,7 @@ from clipkit.errors import ClipkitError, DataError, InputError, NotFoundError
 from clipkit.models import Encoder, EncoderConfig, build_model
 from clipkit_training.judge.features import Features
 from clipkit_training.judge.labels import code_labels, label_text, stratified
-from clipkit_training.judge.linear import logistic_probe, sgd_probe
+from clipkit_training.judge.linear import logistic_probe, moco_probe, sgd_probe
 from clipkit_training.judge.sentences import ScoredPair, embed_texts, read_scored_pairs, spearman, sts
 from clipkit_training.judge.svm import svm_accuracy
 from clipkit_training.judge.wordings import wordings_recall
@@ -131,6 +131,15 @@ def test_the_sgd_probe_repeats_itself_and_leaves_the_random_state() -> None:
     first = sgd_probe(train, heldout, epochs=5, lr=1.0, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert sgd_probe(train, heldout, epochs=5, lr=1.0, seed=3) == first
+
+
+def test_mocos_probe_takes_shares_of_the_labels_as_the_logistic_one_does() -> None:
+    train, heldout = blobs(50, noise=0.6), blobs(50, noise=0.6, seed=1)
+    whole = moco_probe(train, heldout, seed=2)
+    assert whole == sgd_probe(train, heldout, schedule="steps", seed=2) | {"std": 0.0, "labels": 200}
+    few = moco_probe(train, heldout, share=0.02, draws=3)
+    assert (few["labels"], few["std"] > 0) == (4, True)
+    assert few["top1"] < whole["top1"]
 
 
 def test_one_sample_over_a_full_batch_is_no_batch_of_its_own() -> None:

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
+from clipkit.errors import ConfigError
 from clipkit.losses import clip_loss, contrast
 from clipkit.models import DualEncoder, build_model
 from clipkit_data.batches.maker import Batch
 from clipkit_training.recipe import load_recipe
+from clipkit_training.steps import Setting, build_step
 from clipkit_training.steps.pairs import PairStep, caption_ids
 
 
@@ -47,6 +50,13 @@ def test_equal_captions_are_positives(tiny_recipe: Path) -> None:
     plain = contrast(image_ND, text_ND, scale=scale, bias=bias, link="logistic")
     assert not torch.isclose(loss, plain.loss)
     assert set(metrics) == {"loss", "accuracy", "positive_similarity", "negative_similarity", "scale"}
+
+
+@pytest.mark.parametrize(("name", "scoring"), [("clip", "softmax"), ("siglip", "sigmoid")])
+def test_a_single_pair_has_no_negatives(tiny_recipe: Path, name: str, scoring: str) -> None:
+    config = load_recipe(str(tiny_recipe)).model.model_copy(update={"scoring": scoring})
+    with pytest.raises(ConfigError, match="the training data has one sample"):
+        build_step(build_model(config, seed=0), name, Setting(samples=1))
 
 
 def test_without_equal_captions_it_is_clips_loss(tiny_recipe: Path) -> None:

@@ -221,6 +221,13 @@ def test_every_unordered_pair_is_one_cell(names: list[str]) -> None:
         assert chosen(cells, ["+".join(reversed(cell.name.split("+")))]) == [cell]
 
 
+def test_only_a_new_line_ends_a_row(tmp_path: Path) -> None:
+    rows = [{"cell": "crop\u2028colour"}, {"cell": "flip\x85"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / RESULTS).write_text(text, encoding="utf-8")
+    assert read_results(tmp_path) == rows
+
+
 def test_averages_leave_out_what_a_cell_has_not() -> None:
     rows = [{"cell": "a", "loss": 1.0}, {"cell": "a", "loss": 2.0}, {"cell": "untrained"}]
     assert averages(rows, "loss") == {"a": 1.5}

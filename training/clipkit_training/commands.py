@@ -69,7 +69,11 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="RUN_OR_MODEL", help="a run or model folder, open_clip:NAME/TAG or hf:NAME"
     )
     parser.add_argument(
-        "--data", default=[], action="append", metavar="PATH", help="held-out shards (default: the run's)"
+        "--data",
+        default=[],
+        action="append",
+        metavar="PATH",
+        help="held-out shards, or files of sentences (default: the run's)",
     )
     parser.add_argument(
         "--gallery", default=[], action="append", metavar="PATH", help="shards that widen the gallery"
@@ -94,6 +98,29 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="K",
         help="encoders: numbers of neighbours (default: 200, or 20 where classes are smaller)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.07,
+        metavar="T",
+        help="encoders: neighbours vote with exp(cosine / T) (default: 0.07)",
+    )
+    parser.add_argument(
+        "--probe",
+        choices=["logistic", "sgd"],
+        default="logistic",
+        help="encoders: what finds the linear figures: logistic regression, or SGD with MoCo's numbers, "
+        "100 epochs at rate 30 (default: logistic)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="SEED",
+        help="encoders: seeds of the folds of graphs' SVM and of --finetune; of several, mean and standard "
+        "deviation are given (default: the run's seed)",
     )
     parser.add_argument(
         "--sts",
@@ -144,6 +171,9 @@ def _evaluate(args: argparse.Namespace) -> int | None:
                 label=args.label,
                 shares=args.finetune,
                 ks=args.k,
+                temperature=args.temperature,
+                probe=args.probe,
+                seeds=args.seeds,
                 pairs=args.sts,
                 wording=args.wording,
                 baselines=args.untrained,
@@ -181,6 +211,7 @@ evaluate = Command(
     help="measure what a model is worth: retrieval and zero-shot accuracy, or neighbours and probes",
     examples="""  clipkit evaluate runs/simclr
   clipkit evaluate runs/simclr --label script --finetune 1 10 --json
+  clipkit evaluate runs/graphcl --seeds 0 1 2 3 4
   clipkit evaluate demo/model --data sample:emoji/heldout --gallery sample:emoji/train
   clipkit evaluate open_clip:ViT-B-32/laion2b_s34b_b79k --data my/shards --json""",
     arguments=_evaluate_arguments,

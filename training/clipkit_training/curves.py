@@ -47,7 +47,7 @@ def read_curves(run: Path, over: str = "steps") -> dict[str, Curve]:
     batch = int(load_yaml(run / CONFIG)["data"]["batch_size"])
     curves: dict[str, dict[str, Curve]] = {"train": {}, "heldout": {}}
     x = 0.0
-    for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(log.read_bytes().splitlines(), start=1):
         try:
             row = json.loads(line)
             if row["kind"] == "train":

@@ -67,13 +67,11 @@ class RunLog:
         """Drop records of steps that a resumed run will take again."""
         if not self._path.is_file():
             return
-        kept = [
-            line for line in self._path.read_text(encoding="utf-8").splitlines() if _upto(line, first_step)
-        ]
-        atomic_write(self._path, "".join(f"{line}\n" for line in kept))
+        kept = [line for line in self._path.read_bytes().splitlines() if _upto(line, first_step)]
+        atomic_write(self._path, b"".join(line + b"\n" for line in kept))
 
 
-def _upto(line: str, step: int) -> bool:
+def _upto(line: bytes, step: int) -> bool:
     """Whether a line is a whole record of a step up to `step`; a crash may have cut it."""
     try:
         return json.loads(line)["step"] <= step

@@ -30,7 +30,7 @@ from clipkit_data.batches.quarantine import FILE as QUARANTINE
 from clipkit_data.batches.quarantine import BadSample, read_quarantine, write_quarantine
 from clipkit_training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from clipkit_training.data import TrainingData
-from clipkit_training.judge import live_judge
+from clipkit_training.judge import live_judge, warn_of_collapse
 from clipkit_training.log import RunLog
 from clipkit_training.optim import build_optimizer, learning_rate
 from clipkit_training.precision import autocast, resolve_precision
@@ -79,14 +79,14 @@ class Trainer:
         self.judge = live_judge(recipe, self.model) if world.main else None
         self.step = 0
         self.spent = 0.0
+        self.warm = 0.0  # progress at the end of the warm-up
         self.bad: list[BadSample] = []
 
     def _method(self) -> Step:
         """The recipe's Step around the model; what it adds has weights from the recipe's seed too."""
         recipe, world = self.recipe, self.world
-        setting = Setting(
-            world.group, recipe.data.batch_size, self._max_steps(), self.data.samples, world.device
-        )
+        batch_size, samples = recipe.data.batch_size, self.data.samples
+        setting = Setting(world.group, batch_size, self._max_steps(), samples, world.device, recipe.seed)
         with seeded(_seed_of(recipe.seed, HEADS)):
             return build_step(self.model, recipe.step, setting).to(world.device)
 
@@ -99,7 +99,7 @@ class Trainer:
         state = load_checkpoint(folder, self.method, self.optimizer)
         self.data.check(state["order"], self.run)
         self.bad = read_quarantine(folder / QUARANTINE)
-        self.step, self.spent = state["step"], state["seconds"]
+        self.step, self.spent, self.warm = state["step"], state["seconds"], state.get("warm", 0.0)
         self.scaler.load_state_dict(state["scaler"])
 
     def train(self) -> dict[str, Any]:
@@ -158,6 +158,8 @@ class Trainer:
                 log.step(self.step, done, record | self.data.epochs(self.step))
             if (due := math.floor(done * self.recipe.evaluations)) > evaluated:
                 evaluated = due
+                if log:
+                    warn_of_collapse(record, f"step {self.step}: the embeddings of the batch")
                 if log and self.judge:
                     log.evaluation(self.step, done, *self.judge())
             if (due := math.floor(done * self.recipe.checkpoints)) > saved:
@@ -171,7 +173,9 @@ class Trainer:
         batch = batch.to(self.world.device)
         if recipe.data.augment_on == "device" and self.data.augment is not None:
             batch = batch.augmented(self.data.augment, recipe.seed)
-        rate = learning_rate(recipe.optim, self.step, done)
+        if self.step <= recipe.optim.warmup_steps:
+            self.warm = done
+        rate = learning_rate(recipe.optim, self.step, done, self.warm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1)
         torch.manual_seed(_seed_of(recipe.seed, self.step, self.world.rank))
@@ -213,6 +217,7 @@ class Trainer:
             state = {
                 "step": self.step,
                 "seconds": budget.seconds(),
+                "warm": self.warm,
                 "order": self.data.digest,
                 "scaler": self.scaler.state_dict(),
             }

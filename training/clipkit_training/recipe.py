@@ -85,7 +85,8 @@ class DataConfig(Config):
     label: str | None = None
     """Metadata field that says of which class a sample is, for steps and judging that want labels."""
     load_size: Annotated[int, Field(ge=1)] | None = None
-    """Side in pixels that pictures are loaded at, to cut views from; None is the model's own."""
+    """Side in pixels that whole pictures are squashed to, to cut views from; None cuts them from what the
+    model sees."""
     views: Annotated[dict[str, Any] | None, *_HIDDEN] = None
     """Views of each picture, instead of `augment`: {family: NAME, size: S, …}, or {views: [...]}."""
     augment: AugmentConfig = AugmentConfig()
@@ -112,10 +113,14 @@ class OptimConfig(Config):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Applied to weights of two or more dimensions only."""
+    decay_all: bool = False
+    """Apply it to biases, norms and all else too, as plain SGD does in the codes of MoCo and SimSiam."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of sgd and lars."""
     trust: Annotated[float, Field(gt=0)] = 0.001
     """Of lars: the trust coefficient."""
+    trust_clip: bool = False
+    """Of lars: let no weight move faster than by the learning rate itself, as solo-learn does."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
     eps: Annotated[float, Field(gt=0)] = 1e-6

@@ -207,7 +207,7 @@ def read_results(out: Path) -> list[dict[str, Any]]:
     """The rows of a study's folder; none where there is no study yet."""
     if not (out / RESULTS).is_file():
         return []
-    return [json.loads(line) for line in (out / RESULTS).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (out / RESULTS).read_bytes().splitlines()]
 
 
 def averages(rows: Iterable[Mapping[str, Any]], figure: str) -> dict[str, float]:
@@ -241,7 +241,7 @@ def _row(recipe: Recipe, cell: Cell, runs: Path) -> dict[str, Any]:
         with world_from_environment(recipe.device) as world:
             train_recipe(recipe, run, world, resume=(run / CONFIG).is_file())
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    last = json.loads((run / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+    last = json.loads((run / METRICS).read_bytes().splitlines()[-1])
     trained = {"loss": last["loss"], "embedding_std": last.get("embedding_std")}
     cost = {key: result[key] for key in ("steps", "seconds")}
     return described | judged(load_encoder(run / "model"), recipe) | trained | cost

@@ -113,6 +113,7 @@ def _base(args: argparse.Namespace) -> "Recipe":
 
 def _run(args: argparse.Namespace, base: "Recipe", cells: "Sequence[Cell]", what: str) -> dict[str, Any]:
     """Train what is missing. Returns the report: each cell's figures, means over the seeds."""
+    from clipkit_training.steps import step_name
     from clipkit_training.study import SMALL, UNTRAINED, averages, chosen, run_study
 
     seeds, out = _numbers(args.seeds, "--seeds", 0), args.out or Path(f"study-{what}")
@@ -136,6 +137,7 @@ def _run(args: argparse.Namespace, base: "Recipe", cells: "Sequence[Cell]", what
     return {
         "out": str(out),
         "recipe": args.recipe or SMALL.stem,
+        "step": step_name(base.step),
         "seeds": seeds,
         "untrained": untrained,
         "cells": figures,
@@ -149,8 +151,8 @@ def _places(report: dict[str, Any]) -> dict[tuple[str, str], float]:
 
 
 def _named(report: dict[str, Any]) -> str:
-    """The recipe's name for people."""
-    return Path(report["recipe"]).stem
+    """What was trained, for people."""
+    return f"{report['step']} on {Path(report['recipe']).stem}"
 
 
 def _row_mean(values: dict[tuple[str, str], float], row: str, columns: Sequence[str]) -> str:

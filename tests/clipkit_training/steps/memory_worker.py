@@ -34,6 +34,8 @@ CASES: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     "instdisc, draws": ("group_norm", [7, 5], INSTDISC | {"draws": 9}),
     "nce, learnable": ("group_norm", [7, 5], NCE),
     "nce, moving": ("group_norm", [7, 5], NCE | {"z": "moving"}),
+    "instdisc, batch norm": ("batch_norm", [18, 14], INSTDISC),
+    "nce, batch norm": ("batch_norm", [18, 14], NCE),
 }
 
 

@@ -18,3 +18,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", worker.CONFIGS)
 def test_two_ranks_train_as_one_process_does(name: str, ranks: list[dict[str, Any]]) -> None:
     assert_one_is_two(name, worker.trained(name, None, None), ranks)
+
+
+def test_both_ranks_refuse_a_batch_in_which_neither_has_an_edge(ranks: list[dict[str, Any]]) -> None:
+    assert all("no graph of this batch has an edge" in rank["refusal"] for rank in ranks)

@@ -5,25 +5,25 @@ from typing import Any
 import pytest
 import torch
 
-from clipkit.errors import ConfigError
+from clipkit.errors import ConfigError, InputError
 from clipkit.losses import logistic_loss
 from clipkit_data.batches.maker import Batch
 from clipkit_data.graph_walks import NodePairs, node_pairs
 from clipkit_training.steps.base import Setting
 from clipkit_training.steps.graphsage import GraphSAGE, GraphSAGEConfig, build_graphsage
-from tests.clipkit_training.steps.graph_worker import graph_batch, graph_encoder
+from tests.clipkit_training.steps.graph_worker import IDS, graph_batch, graph_encoder
 from tests.clipkit_training.steps.support import assert_near, gradients, in_float64, tiny_encoder
 
 
-def step_of(**options: Any) -> GraphSAGE:
-    return build_graphsage(graph_encoder(), GraphSAGEConfig(**options), Setting())
+def step_of(run: Setting | None = None, **options: Any) -> GraphSAGE:
+    return build_graphsage(graph_encoder(), GraphSAGEConfig(**options), run or Setting())
 
 
 def pairs_of(batch: Batch, config: GraphSAGEConfig) -> NodePairs:
     """The nodes that the step takes."""
     counts = {name: getattr(config, name) for name in ("walks", "length", "window", "noise")}
     key = {"epoch_N": batch.epochs.numpy(), "id_N": batch.sample_ids.numpy()}
-    return node_pairs(batch.images, seed=config.seed, **key, **counts)
+    return node_pairs(batch.images, seed=0, **key, **counts)
 
 
 @pytest.mark.parametrize("unit", [True, False])
@@ -76,12 +76,18 @@ def test_training_brings_neighbours_together_and_noise_apart() -> None:
 
 
 @pytest.mark.parametrize("rows", [slice(0, 8), slice(0, 1)])
-def test_graphs_without_edges_have_a_loss_of_zero(rows: slice) -> None:
-    step = step_of()
-    loss, metrics = step(graph_batch(rows, edgeless=tuple(range(8))))
-    loss.backward()
-    assert loss == metrics["loss"] == 0
-    assert all(not gradient.any() for gradient in gradients(step).values())
+def test_graphs_without_any_edge_teach_nothing_and_are_refused(rows: slice) -> None:
+    with pytest.raises(InputError, match=r"no graph of this batch has an edge.*step: graphcl"):
+        step_of()(graph_batch(rows, edgeless=IDS))
+
+
+def test_the_runs_seed_decides_the_walks_unless_the_step_has_its_own() -> None:
+    def noise(run: int, own: int | None = None) -> list[int]:
+        step = step_of(Setting(seed=run, samples=1), seed=own, noise=20)
+        return step._pairs(graph_batch()).noise_M.tolist()
+
+    assert noise(3) == noise(3) != noise(0)
+    assert noise(3, own=0) == noise(0)
 
 
 def test_one_graph_alone_is_trained_on() -> None:

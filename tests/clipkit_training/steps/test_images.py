@@ -6,6 +6,7 @@ from torch import nn
 
 from clipkit.errors import ConfigError, InputError
 from clipkit.models import EncoderConfig, build_model
+from clipkit_training.steps import build_step
 from tests.clipkit_training.steps.step_worker import BUILDS, tiny_step
 from tests.clipkit_training.steps.support import gradients, random_batch, setting, tiny_encoder, train
 
@@ -28,6 +29,13 @@ def test_a_model_that_is_no_tower_of_pictures_is_refused(name: str) -> None:
     for model in (text, nn.Linear(2, 2)):
         with pytest.raises(ConfigError, match=f"step: {name} trains one tower of pictures"):
             build(model, config, setting())  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["simclr", "supcon", "moco_v1", "moco_v2", "moco_v3", "instdisc", "nce"])
+def test_a_picture_that_is_alone_has_no_negatives(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"the training data has one sample.*data\.train"):
+        build_step(tiny_encoder("group_norm"), name, setting(samples=1))
+    assert build_step(tiny_encoder("group_norm"), "simsiam", setting(samples=1))
 
 
 @pytest.mark.parametrize("name", ["byol", "moco_v3"])

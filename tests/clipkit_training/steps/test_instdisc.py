@@ -126,6 +126,18 @@ def test_a_draw_of_the_own_picture_is_no_negative() -> None:
     assert loss.item() == 0.0, "all fifty draws are of the one picture"
 
 
+def test_draws_are_of_the_runs_seed_and_the_step() -> None:
+    def drawn(seed: int, number: int) -> list[int]:
+        step = tiny(INSTDISC | {"draws": 9}, samples=40, seed=seed)
+        assert isinstance(step, InstDiscStep)
+        step.bank.seen.fill_(True)
+        return step.drawn(30, number)[1].tolist()
+
+    found = [drawn(seed, number) for seed in range(3) for number in range(3)]
+    assert len({tuple(ids) for ids in found}) == 9
+    assert drawn(2, 2) == found[-1]
+
+
 def test_it_learns_to_tell_pictures_apart() -> None:
     step, (batch,) = instdisc(), batches(1, views=0)
     optimizer = torch.optim.Adam(step.parameters(), lr=3e-3)

@@ -252,6 +252,19 @@ def test_a_key_sits_in_another_group_than_its_query_does() -> None:
     assert found[0] != found[1] != found[2]
 
 
+def test_the_order_of_the_keys_is_of_the_runs_seed() -> None:
+    view = batches(1, 16)[0].views[1]
+
+    def keys(seed: int) -> Tensor:
+        step = tiny(MOCO, "batch_norm", 16, seed=seed)
+        assert isinstance(step, MocoStep)
+        return step._keys(view, 5)
+
+    one, same, other = (keys(seed) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other, rtol=1e-3)
+
+
 def test_what_is_kept_is_a_plain_backbone() -> None:
     step, plain = moco("batch_norm", rows=16), tiny_encoder("batch_norm")
     train(step, batches(2, 16))

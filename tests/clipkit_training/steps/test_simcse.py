@@ -192,6 +192,17 @@ def test_an_encoder_without_dropout_is_refused_unless_positives_are_captions() -
         build(build_model(pictures, seed=0))
 
 
+def test_a_single_line_is_refused_before_it_is_trained_on(recipe: Path, tmp_path: Path) -> None:
+    line = tmp_path / "one.txt"
+    line.write_text("a sentence alone\n")
+    more = yaml.safe_load(recipe.read_text())
+    more["data"]["train"] = str(line)
+    recipe.write_text(yaml.safe_dump(more))
+    with pytest.raises(ConfigError, match="the training data has one sample"):
+        train_recipe(load_recipe(str(recipe)), tmp_path / "run", ALONE)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
 def test_wrong_batches_are_refused() -> None:
     encoder = text_encoder(dropout=0.1)
     unsupervised, supervised = build(encoder), build(encoder, positive="caption")

@@ -4,14 +4,13 @@
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from clipkit.errors import DataError
 from clipkit.models import DualEncoder, Encoder
 from clipkit_data.batches.pairs import EvalBatches, Pairs
 from clipkit_data.batches.reads import content_of
-from clipkit_data.records import Record
 from clipkit_data.sources import is_streamed, open_dataset
 from clipkit_training.evaluate import live_report
 from clipkit_training.judge.labels import code_labels, label_text
@@ -36,6 +35,12 @@ def live_judge(recipe: Recipe, model: DualEncoder | Encoder) -> Judge | None:
     return _encoder_judge(recipe, model) if isinstance(model, Encoder) else _pair_judge(recipe, model)
 
 
+def warn_of_collapse(figures: Mapping[str, Any], what: str) -> None:
+    """Say so where figures show that embeddings hardly differ."""
+    if figures.get("embedding_std", 1) < COLLAPSED:
+        log.warning("%s are nearly one: the run has collapsed", what)
+
+
 def _pair_judge(recipe: Recipe, model: DualEncoder) -> Judge:
     batches = _read(recipe, model, str(recipe.data.heldout))
 
@@ -57,8 +62,7 @@ def _encoder_judge(recipe: Recipe, model: Encoder) -> Judge:
 
     def judge() -> tuple[dict[str, Any], str]:
         figures = report_live(model, known, heldout, label=label, views=views, seed=recipe.seed)
-        if figures.get("embedding_std", 1) < COLLAPSED:
-            log.warning("the embeddings of all samples are nearly one: the run has collapsed")
+        warn_of_collapse(figures, "the features of the held-out samples")
         knn = f"knn {figures['knn']:.3f} " if "knn" in figures else ""
         return figures, f"held-out {knn}rankme {figures['rankme']:.1f}"
 
@@ -66,19 +70,26 @@ def _encoder_judge(recipe: Recipe, model: Encoder) -> Judge:
 
 
 def _comparable(known: Sequence[Pairs], heldout: Sequence[Pairs], label: str) -> bool:
-    """Whether neighbours can vote on the labels; says why not."""
+    """Whether neighbours can vote on the labels that there are; says why not."""
     try:
-        code_labels(
-            *([_label(r, label) for part in parts for r in part.records] for parts in (known, heldout))
-        )
+        code_labels(_labels(known, "training", label), _labels(heldout, "held-out", label))
     except DataError as error:
-        log.warning("nearest neighbours are not measured by %s: %s", label, error.message)
+        log.warning("nearest neighbours are not measured by %s: %s", label, error)
         return False
     return True
 
 
-def _label(record: Record, label: str) -> str:
-    return label_text(record.meta.get(label)) or ""
+def _labels(parts: Sequence[Pairs], which: str, label: str) -> list[str]:
+    """The labels of the samples that have one. Raises: DataError where none has: it names the fields."""
+    records = [record for part in parts for record in part.records]
+    labels = [name for record in records if (name := label_text(record.meta.get(label))) is not None]
+    if records and not labels:
+        fields = sorted(set[str]().union(*(record.meta for record in records)))
+        raise DataError(
+            f"no {which} sample has that field with a text, a whole number or a truth value",
+            hint=f"there are {', '.join(fields)}" if fields else "the samples have no metadata",
+        )
+    return labels
 
 
 def _read(recipe: Recipe, model: DualEncoder | Encoder, spec: str, limit: int | None = None) -> list[Pairs]:

@@ -1,9 +1,9 @@
 """Linear probes: how well one linear layer on frozen features tells the classes apart.
 
 Two forms. `logistic_probe` is a convex problem solved to its end: it has one answer, and is what reports
-use. `sgd_probe` is the recipe that papers describe, for figures that are held against theirs. Either one on
-another metadata field is a transfer probe: features trained for one label are probed for another by reading
-them with that `label`, so there is no code of its own for it.
+use. `sgd_probe` is the recipe that papers describe, for figures that are held against theirs; `moco_probe`
+has MoCo's numbers. Each of them on another metadata field is a transfer probe: features trained for one label
+are probed for another by reading them with that `label`, so there is no code of its own for it.
 
 Shapes: N samples, D features, C classes, R = min(N, D).
 """
@@ -71,6 +71,11 @@ def logistic_probe(
         scores_NC = _logistic(train_ND[chosen], coded.train_N[chosen], heldout_ND, cs, seed + draw)
         figures.append(_top(torch.from_numpy(scores_NC), torch.from_numpy(coded.heldout_N)))
         labels = len(chosen)
+    return _means(figures, labels)
+
+
+def _means(figures: Sequence[tuple[float, float]], labels: int) -> dict[str, float]:
+    """Means of top1 and top5 over draws, and the spread of top1."""
     top1, top5 = np.array(figures).T
     means = {"top1": float(top1.mean()), "top5": float(top5.mean()), "std": float(top1.std())}
     return means | {"labels": labels}
@@ -208,3 +213,37 @@ def sgd_probe(
         raise InputError(f"the linear probe diverged at lr {rate:g}", hint="give a lower lr")
     top1, top5 = _top(scores_NC, torch.from_numpy(coded.heldout_N))
     return {"top1": top1, "top5": top5}
+
+
+def moco_probe(
+    train: Features,
+    heldout: Features,
+    *,
+    share: float = 1.0,
+    draws: int = 1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """`sgd_probe` with MoCo's numbers, on shares of the labels as `logistic_probe` takes them.
+
+    Args:
+        train, heldout, share, draws: As in `logistic_probe`.
+        seed: Of the draws, the weights and the order.
+        device: Where to train.
+
+    Returns:
+        `{"top1", "top5", "std", "labels"}`, as `logistic_probe`.
+
+    Raises:
+        DataError: Fewer than 2 classes in training.
+        InputError: The probe diverged.
+    """
+    label_N = code_labels(train.labels, heldout.labels).train_N
+    figures, labels = [], 0
+    for draw in range(draws):
+        chosen = stratified(label_N, share, seed + draw)
+        part = Features(train.x_ND[chosen], np.asarray(train.labels)[chosen].tolist())
+        found = sgd_probe(part, heldout, schedule="steps", seed=seed + draw, device=device)
+        figures.append((found["top1"], found["top5"]))
+        labels = len(chosen)
+    return _means(figures, labels)

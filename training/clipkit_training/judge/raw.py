@@ -20,6 +20,8 @@ from clipkit_training.judge.features import FeaturesOf
 _RAW_SIDE = 64
 _LETTERS = HashingVectorizer(analyzer="char_wb", ngram_range=(2, 3), n_features=4096, alternate_sign=False)
 _DEGREES = 16
+MOST = 1 << 30
+"""Bytes that the raw content of all samples may take; the probe on it needs several times as much."""
 
 
 def raw(encoder: Encoder) -> FeaturesOf:
@@ -30,6 +32,17 @@ def raw(encoder: Encoder) -> FeaturesOf:
     density, and the shares of nodes of degree 0 … 15 and more.
     """
     return {"image": _pixels, "text": _letters, "graph": _degrees}[encoder.modality]
+
+
+def too_large(encoder: Encoder, samples: int) -> str | None:
+    """Why the raw content of so many samples is not measured; None where it is."""
+    if encoder.modality == "image":
+        side = min(encoder.preprocess.size, _RAW_SIDE)
+        width = 3 * side * side * (getattr(encoder.tower, "frames", None) or 1)
+    else:
+        width = {"text": _LETTERS.n_features, "graph": 3 + _DEGREES}[encoder.modality]
+    size = 4 * width * samples
+    return f"{samples:,} samples would take {size / (1 << 30):.1f} GiB" if size > MOST else None
 
 
 def _pixels(batch: Pairs) -> Tensor:

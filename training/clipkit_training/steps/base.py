@@ -21,6 +21,7 @@ from clipkit.errors import ConfigError, InputError
 from clipkit_data.batches.maker import Batch
 
 Metrics = dict[str, Tensor]
+_SPREAD = 0x9E3779B9  # 2^32 / the golden ratio: its multiples, the runs' seeds, are far apart mod 2^32
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Setting:
         total_steps: Length of the run; None where only minutes bound it.
         samples: Training samples, of all sources together; 0 for a stream.
         device: Where the Step runs.
+        seed: The run's.
     """
 
     group: dist.ProcessGroup | None = None
@@ -40,6 +42,7 @@ class Setting:
     total_steps: int | None = None
     samples: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
 
     @property
     def world(self) -> int:
@@ -54,6 +57,18 @@ class Setting:
                 hint="give max_steps or max_epochs",
             )
         return self.total_steps
+
+    def need_negatives(self) -> None:
+        """See that a sample can have another one as its negative. Raises: ConfigError."""
+        if self.samples == 1:
+            raise ConfigError(
+                "step: its negatives are other samples, but the training data has one sample alone",
+                hint="name data with more samples in data.train",
+            )
+
+    def generator(self, step: int) -> torch.Generator:
+        """What a step draws from: of the run's seed and the step's number, the same on all ranks."""
+        return torch.Generator().manual_seed((self.seed * _SPREAD + step) % 2**32)
 
 
 class Step(nn.Module):

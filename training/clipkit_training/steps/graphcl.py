@@ -12,7 +12,6 @@ Shapes: N graphs of this rank, D features.
 
 from typing import Annotated, Any, Literal
 
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -39,7 +38,7 @@ class GraphCLConfig(Config):
         denominator: "all", InfoNCE, or "neg", negatives alone.
         direction: "one", the first view's graphs against the second's, or "both".
         hidden, dim: Widths of the projection head; None: of the features.
-        seed: Of the changes.
+        seed: Of the changes; None: the run's.
         sync_batch_norm: BatchNorm takes the statistics of all ranks' nodes.
     """
 
@@ -50,7 +49,7 @@ class GraphCLConfig(Config):
     direction: Literal["one", "both"] = "one"
     hidden: Annotated[int, Field(ge=1)] | None = None
     dim: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] | None = None
     sync_batch_norm: bool = True
 
 
@@ -59,16 +58,29 @@ class GraphCL(Step):
 
         L = mean_i −log(exp(s_ii) / Σ_j exp(s_ij)),   s_ij = cosine(z_i, z'_j) / T;   "neg": j ≠ i
 
+    A graph that is in a batch twice, at the border of two epochs, is no negative of itself: both copies are
+    its positives, with the mean over them outside of the logarithm.
+
+    Args:
+        model: The encoder; its BatchNorm layers are changed in place.
+        config: The options.
+        setting: The run.
+
+    Raises:
+        ConfigError: There is one training sample alone.
+
     References:
         You et al. 2020, "Graph Contrastive Learning with Augmentations", eq. 3.
     """
 
     model: Encoder
 
-    def __init__(self, model: Encoder, config: GraphCLConfig, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, model: Encoder, config: GraphCLConfig, setting: Setting) -> None:
         super().__init__()
-        self.model = synchronised(model, group) if config.sync_batch_norm else model
-        self.config, self.group = config, group
+        setting.need_negatives()
+        self.model = synchronised(model, setting.group) if config.sync_batch_norm else model
+        self.config, self.group = config, setting.group
+        self.seed = setting.seed if config.seed is None else config.seed
         widths = (model.dim, config.hidden or model.dim, config.dim or model.dim)
         self.head = mlp_head(widths, batch_norm=False, bias=True, last_bias=True)
 
@@ -81,6 +93,7 @@ class GraphCL(Step):
         output = contrast(
             self.head(first_ND),
             self.head(second_ND),
+            q_id=batch.sample_ids.to(first_ND.device),
             scale=1 / self.config.temperature,
             denominator=self.config.denominator,
             direction=self.config.direction,
@@ -100,7 +113,7 @@ class GraphCL(Step):
         return graph_view(
             batch.images,
             (self.config.first, self.config.second)[view],
-            seed=self.config.seed,
+            seed=self.seed,
             epoch_N=batch.epochs.cpu().numpy(),
             id_N=batch.sample_ids.cpu().numpy(),
             view=view,
@@ -116,4 +129,4 @@ def graph_encoder(model: nn.Module, step: str) -> Encoder:
 
 def build_graphcl(model: nn.Module, config: GraphCLConfig, setting: Setting) -> GraphCL:
     """GraphCL around an encoder of graphs. Raises: ConfigError."""
-    return GraphCL(graph_encoder(model, "graphcl"), config, setting.group)
+    return GraphCL(graph_encoder(model, "graphcl"), config, setting)

@@ -14,12 +14,12 @@ import math
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
 from clipkit.config import Config
-from clipkit.errors import ConfigError
+from clipkit.distributed import sum_over_group
+from clipkit.errors import ConfigError, InputError
 from clipkit.losses import contrast
 from clipkit.models import Encoder
 from clipkit.models.batch_norm import synchronised
@@ -42,7 +42,7 @@ class GraphSAGEConfig(Config):
         negative_weight: Q ≥ 0, of each negative beside the positive.
         unit: Scale nodes' features to length 1, as the authors' code does.
         temperature: Divides the inner products; 1 in the authors' code.
-        seed: Of the walks and the noise.
+        seed: Of the walks and the noise; None: the run's.
         sync_batch_norm: BatchNorm takes the statistics of all ranks' nodes.
     """
 
@@ -53,7 +53,7 @@ class GraphSAGEConfig(Config):
     negative_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     unit: bool = True
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] | None = None
     sync_batch_norm: bool = True
 
 
@@ -62,6 +62,11 @@ class GraphSAGE(Step):
 
         L = mean over pairs of −log σ(⟨z_u, z_v⟩ / T) − Q Σ_noise log σ(−⟨z_u, z_n⟩ / T)
 
+    Args:
+        model: The encoder, whose tower gives features of nodes; its BatchNorm layers are changed in place.
+        config: The options.
+        setting: The run.
+
     References:
         Hamilton et al. 2017, "Inductive Representation Learning on Large Graphs", eq. 1. The authors' code
         has a second loss ("skipgram") whose sign is wrong; it is not this one.
@@ -69,16 +74,22 @@ class GraphSAGE(Step):
 
     model: Encoder
 
-    def __init__(self, model: Encoder, config: GraphSAGEConfig, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, model: Encoder, config: GraphSAGEConfig, setting: Setting) -> None:
         super().__init__()
-        self.model = synchronised(model, group) if config.sync_batch_norm else model
-        self.config, self.group = config, group
+        self.model = synchronised(model, setting.group) if config.sync_batch_norm else model
+        self.config, self.group = config, setting.group
+        self.seed = setting.seed if config.seed is None else config.seed
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Loss of a batch's graphs: 0 where none of them has an edge."""
+        """Loss of a batch's graphs. Raises: InputError where none of them, on any rank, has an edge."""
         nodes_VD, pairs = self._nodes(batch.images), self._pairs(batch)
         u_P, v_P, noise_M = (torch.from_numpy(part).to(nodes_VD.device) for part in pairs)
         weight_P = torch.ones(len(u_P), device=nodes_VD.device)
+        if not sum_over_group(weight_P.sum(), self.group):  # all ranks raise, or none
+            raise InputError(
+                "no graph of this batch has an edge, so there are no neighbours to learn from",
+                hint="raise data.batch_size if others have edges; if none has, step: graphcl needs no edges",
+            )
         if not len(u_P):  # a row that weighs nothing keeps the ranks in step
             u_P, v_P, weight_P = noise_M[:1], noise_M[:1], torch.zeros(1, device=nodes_VD.device)
         rule: dict[str, Any] = {
@@ -114,7 +125,7 @@ class GraphSAGE(Step):
         config = self.config
         return node_pairs(
             batch.images,
-            seed=config.seed,
+            seed=self.seed,
             epoch_N=batch.epochs.cpu().numpy(),
             id_N=batch.sample_ids.cpu().numpy(),
             walks=config.walks,
@@ -129,4 +140,4 @@ def build_graphsage(model: nn.Module, config: GraphSAGEConfig, setting: Setting)
     encoder = graph_encoder(model, "graphsage")
     if not hasattr(encoder.tower, "nodes"):
         raise ConfigError("step: graphsage needs a tower that gives features of nodes", hint="tower: gin")
-    return GraphSAGE(encoder, config, setting.group)
+    return GraphSAGE(encoder, config, setting)

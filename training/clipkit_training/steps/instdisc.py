@@ -8,7 +8,6 @@ what was not seen: in the first epoch pictures only learn to differ from those b
 Shapes: n rows of this rank, D dimensions of an embedding, S picture side, M rows of the bank that compete.
 """
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from clipkit.config import Config
 from clipkit.errors import ConfigError, InputError
 from clipkit.losses import contrast
 from clipkit.models import Encoder
+from clipkit.models.batch_norm import synchronised
 from clipkit.models.heads import mlp_head
 from clipkit.state import Bank
 from clipkit_data.batches.maker import Batch
@@ -30,11 +30,13 @@ class BankConfig(Config):
         temperature: τ of the logits cosine / τ; 0.1 suits pictures of up to 96 pixels.
         dim: D.
         momentum: Weight of a picture's old row when it comes up again.
+        sync_batch_norm: BatchNorm takes the statistics of all processes.
     """
 
     temperature: float = Field(default=0.07, ge=0.005)
     dim: int = Field(default=128, ge=1)
     momentum: float = Field(default=0.5, ge=0, lt=1)
+    sync_batch_norm: bool = True
 
 
 class InstDiscConfig(BankConfig):
@@ -51,12 +53,12 @@ class BankStep(Step):
     """A backbone, a linear head and a bank with a row for each training sample.
 
     Args:
-        model: The backbone.
+        model: The backbone; its BatchNorm layers are changed in place.
         config: The options.
         setting: The run.
 
     Raises:
-        ConfigError: The number of training samples is not known.
+        ConfigError: The number of training samples is not known, or is 1.
     """
 
     def __init__(self, model: Encoder, config: BankConfig, setting: Setting) -> None:
@@ -66,9 +68,10 @@ class BankStep(Step):
                 "step: a bank has one row for each training sample, but a stream does not tell how many",
                 hint="give the shards without stream:, or use step: moco_v2, whose queue needs no number",
             )
-        self.group = setting.group
+        setting.need_negatives()
+        self.group, self.generator = setting.group, setting.generator
         self.scale = 1 / config.temperature
-        self.model = model
+        self.model = synchronised(model, setting.group) if config.sync_batch_norm else model
         self.head = mlp_head([model.dim, config.dim], batch_norm=False, last_bias=True)
         self.bank = Bank(setting.samples, config.dim, momentum=config.momentum)
 
@@ -83,7 +86,7 @@ class BankStep(Step):
 
     def drawn(self, count: int, step: int) -> tuple[Tensor, Tensor]:
         """Rows (count, D) of the bank and their ids, the same on every rank and for any number of ranks."""
-        return self.bank.sample(count, generator=torch.Generator().manual_seed(step))
+        return self.bank.sample(count, generator=self.generator(step))
 
 
 class InstDiscStep(BankStep):

@@ -73,16 +73,16 @@ class MocoStep(Step):
         config, setting: The options, and the run.
 
     Raises:
-        ConfigError: The queue does not hold the keys of one step.
+        ConfigError: The queue does not hold the keys of one step, or there is one sample alone.
     """
 
     def __init__(self, model: Encoder, head: nn.Module, config: MocoV1Config, setting: Setting) -> None:
         super().__init__()
-        keys = setting.batch_size * (2 if config.symmetric else 1)
-        if config.queue < keys:
+        setting.need_negatives()
+        if config.queue < (keys := setting.batch_size * (2 if config.symmetric else 1)):
             words = f"step: queue is {config.queue}, less than the {keys} keys of one step"
             raise ConfigError(words, hint="set step.queue to many times that")
-        self.config, self.group = config, setting.group
+        self.config, self.group, self.generator = config, setting.group, setting.generator
         groups = max(1, min(config.groups, setting.batch_size // _LEAST_ROWS) // setting.world)
         self.shuffles = groups * setting.world > 1 and any(isinstance(m, _BatchNorm) for m in model.modules())
         if self.shuffles:
@@ -121,15 +121,15 @@ class MocoStep(Step):
             self.queue.enqueue(k_nD, ids_n, group=self.group)
 
     @torch.no_grad()
-    def _keys(self, images_n3SS: Tensor, seed: int) -> Tensor:
-        """The twin's embeddings (n, D), encoded in an order of the global batch that the seed gives."""
+    def _keys(self, images_n3SS: Tensor, step: int) -> Tensor:
+        """The twin's embeddings (n, D), encoded in an order of the global batch drawn for the step."""
         if not self.shuffles:
             return self.twin(images_n3SS)
         n, group, device = len(images_n3SS), self.group, images_n3SS.device
         sizes = [n] if group is None else [size for (size,) in exchange([n], group, device)]
         first = sum(sizes[: group_rank(group)])
         own = slice(first, first + n)
-        order_N = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed)).to(device)
+        order_N = torch.randperm(sum(sizes), generator=self.generator(step)).to(device)
 
         def everyone(rows_n: Tensor) -> Tensor:
             return rows_n if group is None else gather_rows(rows_n, sizes, group)

@@ -60,6 +60,9 @@ class MocoV3Step(Step):
         config: The options.
         setting: The run; its length must be known.
 
+    Raises:
+        ConfigError: It is not known, there is one training sample alone, or no patch embedding to freeze.
+
     References:
         Chen, Xie and He 2021, "An Empirical Study of Training Self-Supervised Vision Transformers", algorithm
         1; section 4 for the frozen patch embedding.
@@ -69,6 +72,7 @@ class MocoV3Step(Step):
 
     def __init__(self, model: Encoder, config: MocoV3Config, setting: Setting) -> None:
         super().__init__()
+        setting.need_negatives()
         self.temperature, self.group = config.temperature, setting.group
         over = setting.group if config.sync_batch_norm else None
         sizes = {"hidden": config.hidden, "dim": config.dim}

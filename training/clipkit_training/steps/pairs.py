@@ -81,7 +81,7 @@ def _factors(length: int) -> Tensor:
 
 def build_clip(model: nn.Module, config: Config, setting: Setting) -> PairStep:
     """CLIP's symmetric cross-entropy."""
-    model = _dual(model, "clip")
+    model = _dual(model, "clip", setting)
     if model.scoring != "softmax":
         raise ConfigError("step: clip needs model.scoring: softmax", hint="or use step: siglip")
     return PairStep(model, "softmax", setting.group)
@@ -89,13 +89,14 @@ def build_clip(model: nn.Module, config: Config, setting: Setting) -> PairStep:
 
 def build_siglip(model: nn.Module, config: Config, setting: Setting) -> PairStep:
     """SigLIP's pairwise sigmoid loss."""
-    model = _dual(model, "siglip")
+    model = _dual(model, "siglip", setting)
     if model.scoring != "sigmoid" or model.bias is None:
         raise ConfigError("step: siglip needs model.scoring: sigmoid", hint="or use step: clip")
     return PairStep(model, "logistic", setting.group)
 
 
-def _dual(model: nn.Module, step: str) -> DualEncoder:
+def _dual(model: nn.Module, step: str, setting: Setting) -> DualEncoder:
     if not isinstance(model, DualEncoder):
         raise ConfigError(f"step: {step} trains pictures with texts, the model has one tower")
+    setting.need_negatives()
     return model

@@ -51,6 +51,9 @@ class SimCLRStep(Step):
         setting: The run.
         sync_batch_norm: BatchNorm takes the statistics of all processes; changes `model` in place.
 
+    Raises:
+        ConfigError: There is one training sample alone.
+
     References:
         Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", eq. 1
         and algorithm 1. The authors' code minimises twice this.
@@ -62,6 +65,7 @@ class SimCLRStep(Step):
         self, model: Encoder, head: nn.Module, temperature: float, setting: Setting, *, sync_batch_norm: bool
     ) -> None:
         super().__init__()
+        setting.need_negatives()
         over = setting.group if sync_batch_norm else None
         self.model, self.head = synchronised(model, over), synchronised(head, over)
         self.temperature, self.group = temperature, setting.group

@@ -76,9 +76,8 @@ class SimCSE(Step):
             raise InputError("a batch of one sentence has no negatives", hint="raise data.batch_size")
         features_RD = self.model(torch.cat(texts))
         z_RD = self.head(features_RD)
-        output = contrast(
-            z_RD[:n], z_RD[n:], **self._pairs(texts), scale=1 / self.config.temperature, group=self.group
-        )
+        rule = self._pairs(texts) | {"scale": 1 / self.config.temperature, "group": self.group}
+        output = contrast(z_RD[:n], z_RD[n:], **rule)
         assert output.accuracy is not None
         return output.loss, {
             "loss": output.value,
@@ -136,6 +135,7 @@ def build_simcse(model: nn.Module, config: SimCSEConfig, setting: Setting) -> Si
             "step: simcse: the text tower has no dropout, so that both passes of a sentence would be equal",
             hint="set its dropout, for example model.tower.dropout 0.1, or step.positive: caption",
         )
+    setting.need_negatives()
     return SimCSE(model, config, setting)
 
 

@@ -40,7 +40,7 @@ class SupConStep(SimCLRStep):
 
         L = 1/2N Σ_i −1/|P_i| Σ_{p∈P_i} log(exp(s_ip) / Σ_{j≠i} exp(s_ij)),   s = cosine / τ
 
-    Args: as `SimCLRStep`.
+    Args and errors: as `SimCLRStep`.
 
     References:
         Khosla et al. 2020, "Supervised Contrastive Learning", eq. 2. The authors' code multiplies by
