@@ -53,6 +53,17 @@ def apart(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.abs(shares[0] - shares[1]).max() / critical)
 
 
+def assert_one_law(boxes: np.ndarray, theirs: np.ndarray) -> None:
+    """Boxes (top, left, height, width) have areas, aspects and places of one distribution."""
+    for measure in (
+        lambda box: box[:, 2] * box[:, 3],
+        lambda box: box[:, 3] / box[:, 2],
+        lambda box: box[:, 0],
+        lambda box: box[:, 1],
+    ):
+        assert apart(measure(boxes), measure(theirs)) < 1
+
+
 @pytest.mark.parametrize("factor", [0.2, 0.7, 1.0, 1.4, 1.8])
 def test_jitter_at_the_same_factor(factor: float) -> None:
     images = pictures()
@@ -136,13 +147,7 @@ def test_crops_follow_torchvisions_law(height: int, area: tuple[float, float]) -
     drawn = [law.make_params(image) for _ in range(DRAWS)]
     theirs = np.array([[box[side] for side in ("top", "left", "height", "width")] for box in drawn])
     boxes = draws._boxes(uniforms(), AugmentConfig(area=area, aspect=(3 / 4, 4 / 3)), height, SIDE)
-    for measure in (
-        lambda box: box[:, 2] * box[:, 3],
-        lambda box: box[:, 3] / box[:, 2],
-        lambda box: box[:, 0],
-        lambda box: box[:, 1],
-    ):
-        assert apart(measure(boxes), measure(theirs)) < 1
+    assert_one_law(boxes, theirs)
     whole = (boxes[:, 2:] == [height, SIDE]).all(1).mean(), (theirs[:, 2:] == [height, SIDE]).all(1).mean()
     assert abs(whole[0] - whole[1]) < 0.04
 
@@ -161,13 +166,7 @@ def test_crops_of_squashed_pictures_are_those_of_the_whole(
     boxes = draws._boxes(uniforms(), config, 64 * SIDE, 64 * SIDE, ratio_N).astype(float)
     boxes[:, [0, 2]] *= height / SIDE
     boxes[:, [1, 3]] *= width / SIDE
-    for measure in (
-        lambda box: box[:, 2] * box[:, 3],
-        lambda box: box[:, 3] / box[:, 2],
-        lambda box: box[:, 0],
-        lambda box: box[:, 1],
-    ):
-        assert apart(measure(boxes), measure(theirs)) < 1
+    assert_one_law(boxes, theirs)
     assert (boxes[:, :2] + boxes[:, 2:] <= [64 * height, 64 * width]).all()
 
 
